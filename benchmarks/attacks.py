@@ -1,0 +1,103 @@
+"""PGD-20 against the floor and against peers, all in one interleaved run: ``python benchmarks/attacks.py``.
+
+The floor is what no attack can avoid: steps × (forward + backward to the input) of the folded, channels_last
+float32 model alone. Ratios are medians over rounds of times taken in the same round; bare seconds say little
+on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import foolbox
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+import onmanifold as om
+from onmanifold.attacks.engine import frozen
+from timing import interleave, ratio
+
+STEPS = 20
+
+
+def floor(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """Steps × forward and backward to the input of the folded model, on the engine's threads."""
+
+    def call() -> None:
+        with frozen(model, images, om.Engine()) as network:
+            points = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+            for _ in range(STEPS):
+                logits = network(points)
+                torch.autograd.grad(logits.sum(), points)
+            points.requires_grad_(False)
+
+    return call
+
+
+def candidates(
+    model: nn.Module, images: Tensor, labels: Tensor, radius: float, early: bool
+) -> dict[str, Callable[[], object]]:
+    """The attack by onmanifold and by its peers, at equal settings."""
+    step = radius / 4
+    ball = om.ImageBall(norm="linf", radius=radius)
+    ours = om.PGD(ball, steps=STEPS, step_size=step, early_stop=False)
+    low = om.PGD(
+        ball, steps=STEPS, step_size=step, early_stop=False, engine=om.Engine(precision="bf16")
+    )
+    dropping = om.PGD(ball, steps=STEPS, step_size=step, early_stop=True)
+    theirs = torchattacks.PGD(model, eps=radius, alpha=step, steps=STEPS, random_start=True)
+    box = foolbox.PyTorchModel(model, bounds=(0, 1))
+    fool = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=STEPS, random_start=True)
+    calls: dict[str, Callable[[], object]] = {
+        "floor": floor(model, images, labels),
+        "onmanifold": lambda: ours(model, images, labels),
+        "onmanifold bf16": lambda: low(model, images, labels),
+        "torchattacks": lambda: theirs(images, labels),
+        "foolbox": lambda: fool(box, images, labels, epsilons=radius),
+    }
+    if early:
+        calls["onmanifold, fooled dropped"] = lambda: dropping(model, images, labels)
+    return calls
+
+
+def main() -> None:
+    """Print a table of ratios for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["resnet18", "conv_net"])
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    settings = {
+        "conv_net": ((1, 28, 28), 256, 0.1),
+        "resnet18": ((3, 32, 32), 64, 8 / 255),
+    }
+    for name, (shape, batch, radius) in settings.items():
+        if arguments.only not in (None, name):
+            continue
+        model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0)
+        model.train()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(batch, *shape, generator=generator)
+        with torch.no_grad():
+            for _ in range(3):
+                model(images)
+        model.eval()
+        labels = model(images).argmax(1)
+        calls = candidates(model, images, labels, radius, early=name == "conv_net")
+        seconds = interleave(calls, rounds=arguments.rounds)
+        print(f"\nPGD-{STEPS}, {name}, batch {batch}, {torch.get_num_threads()} threads")
+        print(f"{'':28}{'× floor':>10}{'× onmanifold':>14}")
+        for call in calls:
+            print(
+                f"{call:28}{ratio(seconds, call, 'floor'):10.3f}{ratio(seconds, call, 'onmanifold'):14.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The public side of every attack: check the input, search on a frozen model, verify what was found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, probe, untouched
+from onmanifold.foundation.checks import check_images, check_labels
+from onmanifold.foundation.errors import InputError, OnManifoldError
+from onmanifold.foundation.registry import ATTACKS, Component
+from onmanifold.objectives import BoundObjective
+from onmanifold.threats.base import Region, Threat, Variables
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, a row per sample.
+
+    Attributes:
+        images: (B, C, H, W) in [0, 1], of the input's dtype.
+        success: (B,) bool: misclassified (or, for a targeted objective, predicted as the target), computed
+            again on ``images`` by the model itself, in its own precision.
+        predictions: (B,) int64, the model's predictions on ``images``.
+        objective: (B,) the largest value of the objective that the search met.
+        size: Norm of each perturbation variable, (B,) each.
+        forwards: (B,) int32 forward passes of the model spent on the sample; verification not counted.
+        backwards: (B,) int32 backward passes.
+        variables: The perturbation variables, (B, ...) each.
+    """
+
+    images: Tensor
+    success: Tensor
+    predictions: Tensor
+    objective: Tensor
+    size: dict[str, Tensor]
+    forwards: Tensor
+    backwards: Tensor
+    variables: Variables
+
+
+@dataclass
+class Found:
+    """What a search hands back: one point per sample, and what it cost."""
+
+    variables: Variables
+    objective: Tensor
+    forwards: Tensor
+    backwards: Tensor
+
+
+@dataclass(frozen=True)
+class Search:
+    """All that a search works on.
+
+    Attributes:
+        region: Where the variables may be.
+        objective: What is maximised, on the frozen network.
+        network: The frozen network.
+        seed: Of the random starts.
+        indices: (B,) sample indices; with the seed they determine the starts.
+    """
+
+    region: Region
+    objective: BoundObjective
+    network: FrozenNetwork
+    seed: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Attack(Component, ABC):
+    """How the worst case in a threat model is searched.
+
+    Attributes:
+        threat: What may change.
+        engine: How the model is run meanwhile.
+    """
+
+    registry = ATTACKS
+
+    threat: Threat
+    engine: Engine = field(default=Engine(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Threat):
+            raise InputError(
+                f"threat: expected a threat model, found {type(self.threat).__name__}."
+            )
+
+    @abstractmethod
+    def bind(
+        self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None
+    ) -> BoundObjective:
+        """The attack's objective on a batch."""
+
+    @abstractmethod
+    def search(self, search: Search) -> Found:
+        """The worst point found for each sample."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        codes: Tensor | None = None,
+        seed: int = 0,
+        indices: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> AttackResult:
+        """Attack a batch; the model is found again exactly as it was.
+
+        Args:
+            model: Images (B, C, H, W) in [0, 1] to logits (B, K); normalisation lives inside it.
+            images: (B, C, H, W) in [0, 1], float32 or float64, on the model's device.
+            labels: (B,) int64.
+            codes: (B, code_size) codes of the images; None: on-manifold threat models encode the images.
+            seed: Together with ``indices`` determines all that is random.
+            indices: (B,) int64 indices of the samples in their data set; None: 0 to B − 1.
+            targets: (B,) int64 for targeted objectives; None: chosen by the objective.
+
+        Raises:
+            InputError: Something is of the wrong type, shape, dtype, device or range.
+        """
+        images = check_images(images)
+        check_labels(labels, len(images))
+        _check_places(model, images, labels=labels, codes=codes, indices=indices, targets=targets)
+        indices = self._indices(images, indices)
+        if len(images) == 0:
+            raise InputError("images: the batch is empty.")
+        with untouched(model, seed):
+            check_labels(labels, len(images), probe(model, images[:1]).shape[1])
+        with frozen(model, images, self.engine, seed=seed) as network:
+            with torch.no_grad():
+                region = self.threat.around(_fast_layout(images), labels, codes)
+            objective = self.bind(network, images, labels, targets)
+            found = self.search(Search(region, objective, network, seed, indices))
+            with torch.no_grad():
+                rendered = region.render(found.variables)
+            _check_bounds(region, found.variables, rendered)
+            adversarial = rendered.clamp(0, 1).to(images.dtype).contiguous()
+        with untouched(model, seed), torch.no_grad():
+            logits = model(adversarial)
+        return AttackResult(
+            images=adversarial,
+            success=objective.fooled(logits),
+            predictions=logits.argmax(1),
+            objective=found.objective,
+            size=region.size(found.variables),
+            forwards=found.forwards,
+            backwards=found.backwards,
+            variables=found.variables,
+        )
+
+    def examples(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        codes: Tensor | None = None,
+        seed: int = 0,
+        indices: Tensor | None = None,
+        engine: Engine | None = None,
+    ) -> Tensor:
+        """Adversarial images for training: the same search without checks, verification and statistics.
+
+        Args:
+            model: As for a call; it may be in train mode.
+            images: (B, C, H, W) in [0, 1].
+            labels: (B,) int64.
+            codes: (B, code_size) or None.
+            seed: Of the random starts.
+            indices: (B,) int64 or None.
+            engine: In place of the attack's own.
+
+        Returns:
+            (B, C, H, W), detached.
+        """
+        indices = self._indices(images, indices)
+        with frozen(model, images, engine or self.engine, seed=seed, check=False) as network:
+            with torch.no_grad():
+                region = self.threat.around(_fast_layout(images), labels, codes)
+            objective = self.bind(network, images, labels, None)
+            found = self.search(Search(region, objective, network, seed, indices))
+            with torch.no_grad():
+                return region.render(found.variables).clamp(0, 1)
+
+    @staticmethod
+    def _indices(images: Tensor, indices: Tensor | None) -> Tensor:
+        if indices is None:
+            return torch.arange(len(images), device=images.device)
+        if indices.shape != (len(images),) or indices.dtype != torch.int64:
+            raise InputError(
+                f"indices: expected int64 ({len(images)},), found {indices.dtype} {tuple(indices.shape)}."
+            )
+        return indices
+
+
+def _fast_layout(images: Tensor) -> Tensor:
+    """channels_last, in which convolutions are fastest; the values are the same."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _check_places(model: nn.Module, images: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != images.device:
+            raise InputError(
+                f"{name}: found on {tensor.device}, the images are on {images.device}."
+            )
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return
+    if parameter.device != images.device:
+        raise InputError(f"images: found on {images.device}, the model is on {parameter.device}.")
+    if parameter.dtype != images.dtype:
+        raise InputError(
+            f"images: found {images.dtype}, the model's parameters are {parameter.dtype}."
+        )
+
+
+def _check_bounds(region: Region, variables: Variables, rendered: Tensor) -> None:
+    """The threat model, verified on what is returned."""
+    for name, size in region.size(variables).items():
+        radius = region.balls[name].radius
+        if bool((size > radius * (1 + 1e-5) + 1e-6).any()):
+            raise OnManifoldError(
+                f"The attack left the threat model: {name} of size {size.max().item():.6g}, radius "
+                f"{radius.max().item():.6g}. Please report this."
+            )
+    low, high = (value.item() for value in torch.aminmax(rendered))
+    if not (low >= -1e-5 and high <= 1 + 1e-5):
+        raise OnManifoldError(
+            f"The attack left [0, 1]: found [{low:.6g}, {high:.6g}]. Please report this."
+        )

@@ -1,0 +1,250 @@
+"""The engine of all attacks: a frozen view of the model, fast and without a trace left on it.
+
+`frozen` gives the network that an attack calls: in eval mode, parameters without gradient, batch norm
+folded and weights in channels_last on a private copy where that is exact, optionally in bfloat16 and
+compiled. The model itself is found again exactly as it was, also after an interruption.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from onmanifold.attacks import folding
+from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.registry import Component
+
+Precision = Literal["32", "bf16"]
+
+# A batch's forward pass below this many floating-point operations runs faster on one CPU thread.
+_SMALL_PASS = 200_000_000
+_PROBES = 4
+
+_operations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Engine(Component):
+    """How an attack runs the model; what it computes does not change beyond float rounding.
+
+    Attributes:
+        precision: "32": the model's own precision; "bf16": bfloat16, success checked again in float32.
+        fold: Whether to fold batch norm on a private copy where that is exact.
+        compile: Whether to compile the private copy with torch.compile.
+        threads: CPU threads during an attack; None: 1 for small models, else as set outside.
+    """
+
+    precision: Precision = "32"
+    fold: bool = True
+    compile: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("32", "bf16"):
+            raise InputError(f"precision: expected '32' or 'bf16', found {self.precision!r}.")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads: expected at least 1, found {self.threads}.")
+
+
+class FrozenNetwork:
+    """The model as an attack sees it: images to logits, no gradient to parameters.
+
+    Attributes:
+        folded: Whether this is a private folded copy.
+        exact: The same network in full precision, for checking what bfloat16 found.
+    """
+
+    def __init__(
+        self, forward: Callable[[Tensor], Tensor], folded: bool, low_precision: bool = False
+    ) -> None:
+        self._forward = forward
+        self.folded = folded
+        self.low_precision = low_precision
+        self.exact: FrozenNetwork = self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) in the precision of the images."""
+        if not self.low_precision:
+            return self._forward(images)
+        if self.folded:
+            return self._forward(images.to(torch.bfloat16)).to(images.dtype)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            return self._forward(images).to(images.dtype)
+
+
+@contextmanager
+def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Run with every submodule in eval mode and parameters frozen; then put all back as it was.
+
+    Restored are the training flag of each submodule, each ``requires_grad``, each buffer that changed and
+    the state of the random generators; also when the block is interrupted.
+
+    Args:
+        model: Any module, also a compiled one.
+        seed: Seeds the global generators inside the block, so that a random model gives the same again.
+    """
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*parameters, *model.buffers()) if tensor.is_cuda}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        try:
+            for module in modules:
+                module.training = False
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, flag in zip(modules, flags, strict=True):
+                module.training = flag
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for buffer, version, before in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(before)
+
+
+@contextmanager
+def frozen(
+    model: nn.Module, images: Tensor, engine: Engine, *, seed: int = 0, check: bool = True
+) -> Iterator[FrozenNetwork]:
+    """The network for an attack on ``images``; the model is left untouched.
+
+    Args:
+        model: Images to logits.
+        images: (B, C, H, W), the batch that will be attacked.
+        engine: How to run the model.
+        seed: Seeds models that are random.
+        check: Whether to compare the folded copy with the model on a few images; always done after tracing.
+
+    Raises:
+        InputError: The model does not take such images, or gives no (B, K) logits.
+    """
+    core = _unwrapped(model)
+    with untouched(model, seed), _threads(core, images, engine):
+        copied = _folded(core, images, check) if engine.fold else None
+        if copied is None:
+            probe(model, images[:1])
+            full: FrozenNetwork = FrozenNetwork(model, folded=False)
+        else:
+            full = FrozenNetwork(_compiled(copied) if engine.compile else copied, folded=True)
+        if engine.precision == "32" or images.dtype == torch.float64:
+            yield full
+            return
+        low: Callable[[Tensor], Tensor] = model
+        if copied is not None:
+            half = _half(copied)
+            low = _compiled(half) if engine.compile else half
+        network = FrozenNetwork(low, folded=copied is not None, low_precision=True)
+        network.exact = full
+        yield network
+
+
+def probe(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Logits (B, K) of a few images, with an error that explains where the model refuses them.
+
+    Raises:
+        InputError: The model does not take such images, or gives no (B, K) logits.
+    """
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except RuntimeError as error:
+        shape, place = tuple(images.shape[1:]), f"{images.dtype} on {images.device}"
+        raise InputError(
+            f"images: the model does not take images of shape {shape}, {place}: {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"model: expected logits (B, K), found {found}.")
+    return logits
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile, DistributedDataParallel and Fabric wrappers."""
+    for name in ("_orig_mod", "_original_module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = model.module
+        return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+    return model
+
+
+def _folded(model: nn.Module, images: Tensor, check: bool) -> nn.Module | None:
+    """The refreshed private copy, or None where there is none or it does not agree with the model."""
+    template, fresh = folding.template_of(model)
+    if template is None:
+        return None
+    graph = template.refresh(model)
+    if not (check or fresh):
+        return graph
+    few = images[:_PROBES]
+    expected = probe(model, few)
+    with torch.no_grad():
+        found = graph(few)
+    scale = expected.abs().amax().clamp(min=1.0)
+    if bool((found - expected).abs().amax() <= 1e-4 * scale) or not bool(expected.isfinite().all()):
+        return graph
+    folding.forget(model)
+    return None
+
+
+def _half(graph: nn.Module) -> nn.Module:
+    """The copy in bfloat16, sharing nothing with it."""
+    return copy.deepcopy(graph).to(torch.bfloat16)
+
+
+def _compiled(graph: nn.Module) -> Callable[[Tensor], Tensor]:
+    compiled: Callable[[Tensor], Tensor] = torch.compile(graph, dynamic=True)
+    return compiled
+
+
+@contextmanager
+def _threads(model: nn.Module, images: Tensor, engine: Engine) -> Iterator[None]:
+    """On the CPU, run small passes on one thread: handing work around costs more than it saves."""
+    if images.is_cuda:
+        yield
+        return
+    before = torch.get_num_threads()
+    wanted = engine.threads or before
+    if (
+        engine.threads is None
+        and before > 1
+        and len(images) * _operations_of(model, images) < _SMALL_PASS
+    ):
+        wanted = 1
+    if wanted == before:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _operations_of(model: nn.Module, images: Tensor) -> int:
+    """Floating-point operations of one sample's forward pass, counted once per model."""
+    if model not in _operations:
+        with FlopCounterMode(display=False) as counter:
+            probe(model, images[:1])
+        _operations[model] = int(counter.get_total_flops())
+    return _operations[model]

@@ -1,0 +1,212 @@
+"""A private, frozen copy of a model with batch norm folded into the layer before it, where that is exact.
+
+The copy is traced once per model with torch.fx and afterwards only refreshed from the model's weights, so
+that an attack in a training loop pays next to nothing for it. A model that cannot be traced, that bakes
+Python state or constants into the trace, or that has hooks, is not folded.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import fusion
+
+logger = logging.getLogger(__name__)
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass
+class Template:
+    """A traced model and what to fold in it.
+
+    Attributes:
+        graph: The traced copy, its parameters to be refreshed.
+        pairs: Name of a layer and of the batch norm folded into it.
+        signature: What the model looked like when it was traced.
+    """
+
+    graph: fx.GraphModule
+    pairs: dict[str, str]
+    signature: tuple[Any, ...]
+
+    def refresh(self, model: nn.Module) -> fx.GraphModule:
+        """Copy the model's present weights into the graph, folded, frozen and channels_last."""
+        sources = dict(model.named_modules())
+        folded: set[str] = set()
+        with torch.no_grad():
+            for layer, norm in self.pairs.items():
+                weight, bias = _fuse(sources[layer], sources[norm])
+                target = self.graph.get_submodule(layer)
+                _place(target, "weight", weight)
+                _place(target, "bias", bias)
+                folded.update((f"{layer}.weight", f"{layer}.bias"))
+            ours = dict(self.graph.named_modules())
+            for name, source in (*model.named_parameters(), *model.named_buffers()):
+                owner, _, leaf = name.rpartition(".")
+                if name not in folded and owner in ours and hasattr(ours[owner], leaf):
+                    _place(ours[owner], leaf, source.detach())
+        return self.graph
+
+
+_templates: weakref.WeakKeyDictionary[nn.Module, Template | None] = weakref.WeakKeyDictionary()
+
+
+def template_of(model: nn.Module) -> tuple[Template | None, bool]:
+    """The model's template, or None where it cannot be folded; and whether it was traced just now."""
+    signature = _signature(model)
+    known = _templates.get(model)
+    if known is not None and known.signature == signature:
+        return known, False
+    template = None if signature is None else _trace(model, signature)
+    if template is not None:
+        _templates[model] = template
+    return template, True
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the template, so that the next attack traces the model again."""
+    _templates.pop(model, None)
+
+
+def _signature(model: nn.Module) -> tuple[Any, ...] | None:
+    """The model's structure; None where hooks or parametrisations forbid a copy."""
+    parts = []
+    for name, module in model.named_modules():
+        if any(getattr(module, hooks, None) for hooks in _HOOKS) or hasattr(
+            module, "parametrizations"
+        ):
+            return None
+        parts.append((name, type(module), id(module)))
+    return tuple(parts)
+
+
+def _trace(model: nn.Module, signature: tuple[Any, ...]) -> Template | None:
+    # Two traces that differ show that Python state, a counter or a random number, was baked in.
+    try:
+        graphs = [_trace_once(model) for _ in range(2)]
+    except Exception as error:  # a model may fail to trace in any way its author thought of
+        logger.debug("%s is attacked unfolded: %s", type(model).__name__, error)
+        return None
+    if str(graphs[0].graph) != str(graphs[1].graph) or _has_constants(graphs[0]):
+        logger.debug("%s is attacked unfolded: its trace holds constants", type(model).__name__)
+        return None
+    graph = graphs[0]
+    pairs = _fold_norms(graph)
+    _relu_in_place(graph)
+    graph.graph.lint()
+    graph.recompile()
+    for parameter in graph.parameters():
+        parameter.requires_grad_(False)
+    return Template(graph, pairs, signature)
+
+
+def _trace_once(model: nn.Module) -> fx.GraphModule:
+    private = copy.deepcopy(model)
+    for module in private.modules():
+        module.training = False
+    return fx.symbolic_trace(private)
+
+
+def _has_constants(graph: fx.GraphModule) -> bool:
+    return any(
+        node.op == "get_attr" and "_tensor_constant" in str(node.target)
+        for node in graph.graph.nodes
+    )
+
+
+def _fold_norms(graph: fx.GraphModule) -> dict[str, str]:
+    """Take out each batch norm that follows a layer and is its only reader; return the pairs."""
+    modules = dict(graph.named_modules())
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    uses: dict[str, int] = {}
+    for node in calls:
+        uses[str(node.target)] = uses.get(str(node.target), 0) + 1
+    pairs = {}
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if not (
+            isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
+        ):
+            continue
+        layer, norm = modules[str(before.target)], modules[str(node.target)]
+        if uses[str(before.target)] == uses[str(node.target)] == 1 and _foldable(layer, norm):
+            pairs[str(before.target)] = str(node.target)
+            if layer.bias is None:
+                layer.register_parameter("bias", nn.Parameter(torch.empty(0), requires_grad=False))
+            node.replace_all_uses_with(before)
+            graph.graph.erase_node(node)
+            graph.delete_submodule(str(node.target))
+    return pairs
+
+
+def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
+    if type(norm) not in _BATCH_NORMS or norm.running_mean is None:
+        return False
+    return type(layer) in _CONVOLUTIONS or (
+        type(layer) is nn.Linear and type(norm) is nn.BatchNorm1d
+    )
+
+
+def _fuse(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    arguments: tuple[Any, ...] = (
+        layer.weight,
+        layer.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    if isinstance(layer, nn.Linear):
+        return fusion.fuse_linear_bn_weights(*arguments)
+    return fusion.fuse_conv_bn_weights(*arguments)
+
+
+def _relu_in_place(graph: fx.GraphModule) -> None:
+    """Let ReLU overwrite its input where that input is a layer's output which nobody else reads."""
+    modules = dict(graph.named_modules())
+    for node in graph.graph.nodes:
+        if node.op != "call_module" or type(modules[str(node.target)]) is not nn.ReLU:
+            continue
+        before = node.args[0]
+        if not (
+            isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
+        ):
+            continue
+        if type(modules[str(before.target)]) in (*_CONVOLUTIONS, nn.Linear):
+            # The same ReLU module may serve several places, so it is this call that changes.
+            with graph.graph.inserting_before(node):
+                inplace = graph.graph.call_function(torch.relu_, (before,))
+            node.replace_all_uses_with(inplace)
+            graph.graph.erase_node(node)
+
+
+def _place(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer to a frozen tensor; convolution weights in channels_last."""
+    value = value.detach()
+    if value.ndim == 4:
+        # Strides are set by hand because those of a tensor of one channel fit both layouts, and torch would
+        # then run that convolution, and the gradient that comes back to it, in the slow one.
+        value = value.contiguous(memory_format=torch.channels_last)
+        _, channels, height, width = value.shape
+        value = value.as_strided(
+            value.shape, (channels * height * width, 1, width * channels, channels)
+        )
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        setattr(owner, name, value)

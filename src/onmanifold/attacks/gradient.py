@@ -1,0 +1,375 @@
+"""The gradient core, and the attacks that are settings of it: FGSM, PGD, MIA, projected Adam, random points."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onmanifold.attacks.base import Attack, Found, Search
+from onmanifold.attacks.engine import FrozenNetwork
+from onmanifold.attacks.updates import Adam, Momentum, Steepest, StepSizes, Update
+from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.registry import ATTACKS
+from onmanifold.objectives import BoundObjective, CrossEntropy, Objective
+from onmanifold.threats.base import Region, Variables
+from onmanifold.threats.geometry import Start
+
+# Fooled samples leave the batch once they are this share of it; until then they only stand still.
+_LEAVING_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class GradientAttack(Attack, ABC):
+    """Base of the attacks that follow the gradient of the objective.
+
+    Attributes:
+        objective: What is maximised.
+        early_stop: True: a sample leaves at its first success, with that point. False: all steps are done
+            and the point with the largest objective is kept.
+        restarts: Number of searches from different starts; the best point over all is kept.
+        start: Where a search starts: "zero", "uniform" in the ball's volume, or "distance", uniform over
+            distance and direction (Disentangling eq. 19).
+    """
+
+    objective: Objective = field(default=CrossEntropy(), kw_only=True)
+    early_stop: bool = field(default=True, kw_only=True)
+    restarts: int = field(default=1, kw_only=True)
+    start: Start = field(default="uniform", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.objective, str):
+            # Python users may name the objective, as a specification does.
+            object.__setattr__(self, "objective", Objective.registry.build(self.objective))
+        if not isinstance(self.objective, Objective):
+            raise InputError(
+                f"objective: expected an objective, found {type(self.objective).__name__}."
+            )
+        if self.restarts < 1:
+            raise InputError(f"restarts: expected at least 1, found {self.restarts}.")
+        if self.start not in ("zero", "uniform", "distance"):
+            raise InputError(
+                f"start: expected 'zero', 'uniform' or 'distance', found {self.start!r}."
+            )
+
+    def bind(
+        self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None
+    ) -> BoundObjective:
+        """The objective on a batch."""
+        return self.objective.bind(network, images, labels, targets)
+
+    @abstractmethod
+    def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
+        """Number of steps, step size of each variable, update rule."""
+
+    def search(self, search: Search) -> Found:
+        """Ascend from each start; keep the best point of each sample."""
+        steps, step_sizes, update = self.plan(search.region)
+        best = _Best(search, self.early_stop)
+        for restart in range(self.restarts):
+            walk = best.remaining()
+            if walk is None:
+                break
+            start = walk.region.random(self.start, search.seed, walk.indices, restart)
+            _ascend(walk, best, start, steps, step_sizes, update)
+        return best.found
+
+
+@dataclass
+class _Walk:
+    """The samples still under way: their region, objective and positions in the batch."""
+
+    region: Region
+    objective: BoundObjective
+    indices: Tensor
+    positions: Tensor
+
+    def keep(self, mask: Tensor) -> _Walk:
+        return _Walk(
+            self.region.keep(mask),
+            self.objective.keep(mask),
+            self.indices[mask],
+            self.positions[mask],
+        )
+
+
+class _Best:
+    """The best point of each sample so far, and the passes spent on it."""
+
+    def __init__(self, search: Search, early_stop: bool) -> None:
+        self.search = search
+        self.early_stop = early_stop
+        count, device = len(search.indices), search.indices.device
+        self.done = torch.zeros(count, dtype=torch.bool, device=device)
+        zero = search.region.zero()
+        value = torch.full(
+            (count,), -torch.inf, dtype=next(iter(zero.values())).dtype, device=device
+        )
+        passes = torch.zeros(count, dtype=torch.int32, device=device)
+        self.found = Found(zero, value, passes, passes.clone())
+
+    def remaining(self) -> _Walk | None:
+        """All samples that are not done; None where all are."""
+        search = self.search
+        walk = _Walk(search.region, search.objective, search.indices, torch.arange(len(self.done)))
+        walk.positions = walk.positions.to(self.done.device)
+        if not self.early_stop or not bool(self.done.any()):
+            return walk
+        return None if bool(self.done.all()) else walk.keep(~self.done)
+
+    def offer(
+        self, walk: _Walk, variables: Variables, values: Tensor, finished: Tensor | None
+    ) -> None:
+        """Keep the points that are better than the best so far, and those that finish their sample."""
+        found, whole = self.found, len(walk.positions) == len(self.done)
+        positions = walk.positions
+        best = found.objective if whole else found.objective[positions]
+        better = values > best
+        if finished is not None:
+            done = self.done if whole else self.done[positions]
+            better = (better | finished) & ~done
+            self.done[positions] = done | finished
+        if whole:
+            found.objective = torch.where(better, torch.maximum(values, best), best)
+            for name, new in variables.items():
+                column = better.view(-1, *[1] * (new.ndim - 1))
+                found.variables[name] = torch.where(column, new, found.variables[name])
+            return
+        rows = positions[better]
+        found.objective[rows] = torch.maximum(values, best)[better]
+        for name, new in variables.items():
+            found.variables[name] = found.variables[name].index_copy(0, rows, new[better])
+
+    def count(self, walk: _Walk, backward: bool) -> None:
+        """Count a forward pass, and a backward pass, of the samples that are not done."""
+        active = (~self.done[walk.positions]).int()
+        self.found.forwards.index_add_(0, walk.positions, active)
+        if backward:
+            self.found.backwards.index_add_(0, walk.positions, active)
+
+
+def _ascend(
+    walk: _Walk,
+    best: _Best,
+    variables: Variables,
+    steps: int,
+    step_sizes: StepSizes,
+    update: Update,
+) -> None:
+    """One search from one start: steps + 1 points are evaluated, fooled samples leave."""
+    state = update.start(variables)
+    for step in range(steps + 1):
+        last = step == steps
+        values, logits, gradients = _evaluate(walk, variables, want_gradients=not last)
+        best.count(walk, backward=not last)
+        finished = _fooled(walk, best, variables, logits) if best.early_stop else None
+        best.offer(walk, variables, values, finished)
+        if last:
+            return
+        variables, state = update.move(walk.region, variables, gradients, step_sizes, state)
+        variables = walk.region.project(variables)
+        if finished is not None:
+            left = ~best.done[walk.positions]
+            remaining = int(left.sum())
+            if remaining == 0:
+                return
+            if remaining <= (1 - _LEAVING_SHARE) * len(left):
+                walk, state, step_sizes = walk.keep(left), state.keep(left), _kept(step_sizes, left)
+                variables = {name: tensor[left] for name, tensor in variables.items()}
+
+
+def _evaluate(
+    walk: _Walk, variables: Variables, want_gradients: bool
+) -> tuple[Tensor, Tensor, Variables]:
+    """Values, logits and, where wanted, the gradient of the values to each variable."""
+    if not want_gradients:
+        with torch.no_grad():
+            values, logits = walk.objective(walk.region.render(variables))
+        return values, logits, {}
+    with torch.enable_grad():
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in variables.items()}
+        values, logits = walk.objective(walk.region.render(leaves))
+        gradients = torch.autograd.grad(values.sum(), list(leaves.values()))
+    return values.detach(), logits.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def _fooled(walk: _Walk, best: _Best, variables: Variables, logits: Tensor) -> Tensor:
+    """Which samples are fooled; what low precision claims is checked in full precision."""
+    fooled = walk.objective.fooled(logits)
+    network = best.search.network
+    if network.exact is network or not bool(fooled.any()):
+        return fooled
+    claimed = walk.keep(fooled)
+    with torch.no_grad():
+        images = claimed.region.render({name: tensor[fooled] for name, tensor in variables.items()})
+        confirmed = claimed.objective.fooled(network.exact(images))
+    best.found.forwards.index_add_(
+        0, claimed.positions, torch.ones_like(confirmed, dtype=torch.int32)
+    )
+    fooled[fooled.clone()] = confirmed
+    return fooled
+
+
+def _kept(step_sizes: StepSizes, mask: Tensor) -> StepSizes:
+    return {
+        name: size[mask] if isinstance(size, Tensor) else size for name, size in step_sizes.items()
+    }
+
+
+StepSize = float | dict[str, float] | None
+
+
+def resolve_step_sizes(step_size: StepSize, region: Region, share: float) -> StepSizes:
+    """The step size of each variable: as given, or a share of its radius.
+
+    Raises:
+        InputError: One number for several variables, or a variable that the threat model has not.
+    """
+    names = list(region.balls)
+    if step_size is None:
+        return {
+            name: share * (ball.radius if ball.common is None else ball.common)
+            for name, ball in region.balls.items()
+        }
+    if isinstance(step_size, Mapping):
+        if set(step_size) != set(names):
+            raise InputError(
+                f"step_size: expected one for each of {names}, found {list(step_size)}."
+            )
+        return {name: float(step_size[name]) for name in names}
+    if len(names) > 1:
+        raise InputError(
+            f"step_size: expected one for each of {names}, as a mapping, found {step_size}."
+        )
+    return {names[0]: float(step_size)}
+
+
+def _check_steps(steps: int, step_size: StepSize) -> None:
+    if steps < 1:
+        raise InputError(f"steps: expected at least 1, found {steps}.")
+    sizes = step_size.values() if isinstance(step_size, Mapping) else [step_size]
+    if any(size is not None and not 0 <= size < float("inf") for size in sizes):
+        raise InputError(f"step_size: expected finite numbers >= 0, found {step_size}.")
+
+
+@ATTACKS.register("fgsm")
+@dataclass(frozen=True)
+class FGSM(GradientAttack):
+    """Fast gradient (sign) method: one step of steepest ascent from the image (Goodfellow et al. 2015).
+
+    On a latent ball this is OM-FGSM.
+
+    Attributes:
+        step_size: In each variable's own units; None: the radius.
+    """
+
+    step_size: StepSize = None
+    start: Start = field(default="zero", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_steps(1, self.step_size)
+
+    def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
+        """One step."""
+        return 1, resolve_step_sizes(self.step_size, region, 1.0), Steepest()
+
+
+@ATTACKS.register("pgd")
+@dataclass(frozen=True)
+class PGD(GradientAttack):
+    """Projected gradient descent (Madry et al. 2018): steepest ascent steps, each followed by projection.
+
+    On an image ball this is PGD, on a latent ball OM-PGD, on a joint ball JSA, on a transformation ball the
+    adversarial-transformation attack.
+
+    Attributes:
+        steps: Number of steps.
+        step_size: In each variable's own units, one number or one per variable; None: 2.5 · radius / steps.
+    """
+
+    steps: int = 20
+    step_size: StepSize = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_steps(self.steps, self.step_size)
+
+    def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
+        """Steps of steepest ascent."""
+        return self.steps, resolve_step_sizes(self.step_size, region, 2.5 / self.steps), Steepest()
+
+
+@ATTACKS.register("mia")
+@dataclass(frozen=True)
+class MIA(GradientAttack):
+    """Momentum iterative attack (Dong et al. 2018), from the image itself.
+
+    Attributes:
+        steps: Number of steps.
+        step_size: In each variable's own units; None: 2.5 · radius / steps.
+        decay: Of the momentum; 0 gives PGD from zero.
+    """
+
+    steps: int = 50
+    step_size: StepSize = None
+    decay: float = 1.0
+    start: Start = field(default="zero", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_steps(self.steps, self.step_size)
+
+    def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
+        """Steps along the momentum."""
+        return (
+            self.steps,
+            resolve_step_sizes(self.step_size, region, 2.5 / self.steps),
+            Momentum(self.decay),
+        )
+
+
+@ATTACKS.register("adam")
+@dataclass(frozen=True)
+class ProjectedAdam(GradientAttack):
+    """Projected Adam with sampled distance and direction (Disentangling section 3.1 and eq. 17 to 19).
+
+    Attributes:
+        steps: Number of steps.
+        step_size: Adam's learning rate.
+    """
+
+    steps: int = 40
+    step_size: float | dict[str, float] = 0.005
+    start: Start = field(default="distance", kw_only=True)
+    restarts: int = field(default=5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_steps(self.steps, self.step_size)
+
+    def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
+        """Steps of Adam."""
+        sizes: StepSize = self.step_size
+        if isinstance(sizes, float) and len(region.balls) > 1:
+            sizes = dict.fromkeys(region.balls, sizes)
+        return self.steps, resolve_step_sizes(sizes, region, 0.0), Adam()
+
+
+@ATTACKS.register("random")
+@dataclass(frozen=True)
+class RandomPerturbation(GradientAttack):
+    """The baseline that does not optimise: random points, by default of uniform distance and direction.
+
+    ``restarts`` is the number of points; the one with the largest objective is kept.
+    """
+
+    start: Start = field(default="distance", kw_only=True)
+
+    def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
+        """No step."""
+        return 0, dict.fromkeys(region.balls, 0.0), Steepest()

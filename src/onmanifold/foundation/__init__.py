@@ -1,0 +1,1 @@
+"""What every room stands on: errors, registries, per-sample randomness, input checks, safe files."""

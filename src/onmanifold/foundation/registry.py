@@ -1,0 +1,261 @@
+"""Components and their registries: a component is a frozen dataclass, its YAML is its constructor."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import core_schema
+
+from onmanifold.foundation.errors import ConfigError, OnManifoldError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a specification may refer to without saying it in full.
+
+    Attributes:
+        named: For each kind, objects that a specification may name: ``{"threat": {"image": ball}}``.
+        defaults: Values for fields that a specification leaves out: ``{"manifold": fonts}``.
+    """
+
+    named: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the valid names, the most similar one first."""
+    valid = sorted(valid)
+    similar = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {similar[0]!r}?" if similar else ""
+    return f"{hint} Valid: {', '.join(valid) or 'none'}."
+
+
+class Registry(Generic[T]):
+    """The components of one kind by their short names.
+
+    >>> shapes = Registry[object]("shape")
+    >>> @shapes.register("disc")
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Disc(Component):
+    ...     radius: float
+    >>> shapes.build({"type": "disc", "radius": 2})
+    Disc(radius=2.0)
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Decorator that enters a component class, or a function that makes one, under ``name``."""
+
+        def enter(target: C) -> C:
+            known = self._entries.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (
+                target.__module__,
+                target.__qualname__,
+            ):
+                raise ConfigError(f"{self.kind} {name!r} is registered twice.")
+            self._entries[name] = target
+            if isinstance(target, type) and issubclass(target, Component):
+                target.registered_name = name
+            return target
+
+        return enter
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted(self._entries)
+
+    def get(self, name: str) -> Callable[..., T]:
+        """The class or function registered under ``name``.
+
+        Raises:
+            ConfigError: No such name; the message shows the nearest valid one.
+        """
+        if name not in self._entries:
+            raise ConfigError(f"Unknown {self.kind} {name!r}.{nearest(name, self._entries)}")
+        return self._entries[name]
+
+    def build(self, spec: object, context: Context | None = None) -> T:
+        """Make a component from its specification.
+
+        Args:
+            spec: A name, a mapping ``{"type": name, field: value, ...}``, or a ready object.
+            context: What the specification may refer to.
+
+        Raises:
+            ConfigError: Unknown name or key, missing field, or wrong type.
+        """
+        context = context or Context()
+        if isinstance(spec, str):
+            named = context.named.get(self.kind, {})
+            if spec in named:
+                return named[spec]  # type: ignore[return-value]
+            if spec not in self._entries:
+                raise ConfigError(
+                    f"Unknown {self.kind} {spec!r}.{nearest(spec, [*self._entries, *named])}"
+                )
+            spec = {"type": spec}
+        if not isinstance(spec, Mapping):
+            return spec  # type: ignore[return-value]
+        if "type" not in spec:
+            raise ConfigError(
+                f"A {self.kind} needs the key 'type', found only {', '.join(map(str, spec)) or 'no keys'}."
+                f"{nearest('', self._entries)}"
+            )
+        name = spec["type"]
+        values = {key: value for key, value in spec.items() if key != "type"}
+        return build_component(self.get(str(name)), values, context, label=f"{self.kind} {name!r}")
+
+
+def build_component(
+    target: Callable[..., T], values: Mapping[str, object], context: Context, label: str
+) -> T:
+    """Call ``target`` with values checked by pydantic against its signature.
+
+    Raises:
+        ConfigError: Unknown key (the nearest valid one is named), missing field, or wrong type.
+    """
+    parameters = inspect.signature(target).parameters
+    unknown = [key for key in values if key not in parameters]
+    if unknown:
+        raise ConfigError(
+            f"{label}: unknown key {unknown[0]!r}.{nearest(str(unknown[0]), parameters)}"
+        )
+    filled = {key: value for key, value in context.defaults.items() if key in parameters} | dict(
+        values
+    )
+    try:
+        if dataclasses.is_dataclass(target):
+            return TypeAdapter(target).validate_python(filled, context=context)  # type: ignore[return-value]
+        checked = TypeAdapter(inspect_arguments(target)).validate_python(filled, context=context)
+        return target(**checked)
+    except ValidationError as error:
+        raise ConfigError(f"{label}: {_explain(error)}") from None
+    except OnManifoldError as error:
+        raise ConfigError(f"{label}: {error}") from error
+
+
+def inspect_arguments(function: Callable[..., Any]) -> Any:
+    """A TypedDict of a function's annotated arguments, so that pydantic can check a call before it is made."""
+    from typing import NotRequired, Required, get_type_hints
+
+    from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
+
+    hints = get_type_hints(function)
+    return TypedDict(  # type: ignore[operator]
+        function.__name__,
+        {
+            name: (Required if parameter.default is parameter.empty else NotRequired)[
+                hints.get(name, Any)
+            ]
+            for name, parameter in inspect.signature(function).parameters.items()
+        },
+    )
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's findings as one sentence."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError):
+        # One of our own sentences, which already says what was found.
+        return f"{place}: {cause}" if place else str(cause)
+    if first["type"].startswith("missing"):
+        return f"the key {place!r} is missing."
+    found = first["input"]
+    return f"{place or 'value'}: {first['msg']}, found {found!r} ({type(found).__name__})."
+
+
+class Component:
+    """Base of all components: frozen dataclasses that check their own fields when they are made."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True
+    )
+    registry: ClassVar[Registry[Any] | None] = None
+    registered_name: ClassVar[str] = ""
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        # A field annotated with a kind's base class, or with one component, takes any specification of it.
+        registry = cls.registry
+        is_kind = "registry" in cls.__dict__ or registry is None
+        fields = None if is_kind else handler(source)
+
+        def resolve(value: object, info: core_schema.ValidationInfo) -> object:
+            if registry is None:
+                return value
+            try:
+                built = registry.build(
+                    value, info.context if isinstance(info.context, Context) else None
+                )
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+            if not isinstance(built, cls):
+                raise ValueError(f"expected {cls.__name__}, found {type(built).__name__}")
+            return built
+
+        if fields is None:
+            return core_schema.with_info_plain_validator_function(resolve)
+
+        def choose(
+            value: object,
+            inner: core_schema.ValidatorFunctionWrapHandler,
+            info: core_schema.ValidationInfo,
+        ) -> object:
+            if isinstance(value, Mapping) and "type" not in value:
+                return inner(value)
+            return resolve(value, info)
+
+        return core_schema.with_info_wrap_validator_function(choose, fields)
+
+
+def describe(value: object) -> Any:
+    """A component as plain data from which it can be built again, and by which runs are keyed.
+
+    Tensors and objects that are no components must bring a ``fingerprint``.
+    """
+    if isinstance(value, Component) and dataclasses.is_dataclass(value):
+        fields = {
+            field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+        return {"type": value.registered_name or type(value).__name__, **fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    fingerprint = getattr(value, "fingerprint", None)
+    if fingerprint is None:
+        raise ConfigError(f"{type(value).__name__} cannot be described: it has no fingerprint.")
+    return {"fingerprint": str(fingerprint)}
+
+
+THREATS: Registry[Any] = Registry("threat")
+OBJECTIVES: Registry[Any] = Registry("objective")
+ATTACKS: Registry[Any] = Registry("attack")
+MANIFOLDS: Registry[Any] = Registry("manifold")
+DATASETS: Registry[Any] = Registry("dataset")
+CLASSIFIERS: Registry[Any] = Registry("classifier")
+METHODS: Registry[Any] = Registry("method")

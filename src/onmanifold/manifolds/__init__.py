@@ -1,0 +1,1 @@
+"""Generators with codes, and the projection of images onto them."""

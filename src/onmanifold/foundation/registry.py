@@ -193,23 +193,20 @@ class Component:
     ) -> core_schema.CoreSchema:
         # A field annotated with a kind's base class, or with one component, takes any specification of it.
         registry = cls.registry
-        is_kind = "registry" in cls.__dict__ or registry is None
-        fields = None if is_kind else handler(source)
 
         def resolve(value: object, info: core_schema.ValidationInfo) -> object:
-            if registry is None:
-                return value
-            try:
-                built = registry.build(
-                    value, info.context if isinstance(info.context, Context) else None
-                )
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+            built = value
+            if registry is not None:
+                context = info.context if isinstance(info.context, Context) else None
+                try:
+                    built = registry.build(value, context)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from error
             if not isinstance(built, cls):
-                raise ValueError(f"expected {cls.__name__}, found {type(built).__name__}")
+                raise ValueError(f"expected {cls.__name__}, found {type(built).__name__}.")
             return built
 
-        if fields is None:
+        if "registry" in cls.__dict__:
             return core_schema.with_info_plain_validator_function(resolve)
 
         def choose(
@@ -217,11 +214,10 @@ class Component:
             inner: core_schema.ValidatorFunctionWrapHandler,
             info: core_schema.ValidationInfo,
         ) -> object:
-            if isinstance(value, Mapping) and "type" not in value:
-                return inner(value)
-            return resolve(value, info)
+            plain = isinstance(value, Mapping) and "type" not in value
+            return inner(value) if plain else resolve(value, info)
 
-        return core_schema.with_info_wrap_validator_function(choose, fields)
+        return core_schema.with_info_wrap_validator_function(choose, handler(source))
 
 
 def describe(value: object) -> Any:
@@ -229,15 +225,12 @@ def describe(value: object) -> Any:
 
     Tensors and objects that are no components must bring a ``fingerprint``.
     """
-    if isinstance(value, Component) and dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = getattr(value, "registered_name", "")
         fields = {
             field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)
         }
-        return {"type": value.registered_name or type(value).__name__, **fields}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        return {"type": name, **fields} if name else fields
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

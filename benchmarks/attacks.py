@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import onmanifold as om
 from onmanifold.attacks.engine import frozen
-from timing import interleave, ratio
+from benchmarks.timing import interleave, ratio
 
 STEPS = 20
 

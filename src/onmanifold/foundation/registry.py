@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
@@ -42,6 +43,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 class Registry(Generic[T]):
     """The components of one kind by their short names.
 
+    Args:
+        kind: What its components are called in messages.
+        homes: Modules whose import registers them, imported when the registry is first looked into.
+
     >>> shapes = Registry[object]("shape")
     >>> @shapes.register("disc")
     ... @dataclasses.dataclass(frozen=True)
@@ -51,9 +56,18 @@ class Registry(Generic[T]):
     Disc(radius=2.0)
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *homes: str) -> None:
         self.kind = kind
+        self._homes = homes
         self._entries: dict[str, Callable[..., T]] = {}
+
+    @property
+    def entries(self) -> dict[str, Callable[..., T]]:
+        """All components by name; the modules that register them are imported at the first look."""
+        homes, self._homes = self._homes, ()
+        for home in homes:
+            importlib.import_module(home)
+        return self._entries
 
     def register(self, name: str) -> Callable[[C], C]:
         """Decorator that enters a component class, or a function that makes one, under ``name``."""
@@ -74,7 +88,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
-        return sorted(self._entries)
+        return sorted(self.entries)
 
     def get(self, name: str) -> Callable[..., T]:
         """The class or function registered under ``name``.
@@ -82,9 +96,9 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: No such name; the message shows the nearest valid one.
         """
-        if name not in self._entries:
-            raise ConfigError(f"Unknown {self.kind} {name!r}.{nearest(name, self._entries)}")
-        return self._entries[name]
+        if name not in self.entries:
+            raise ConfigError(f"Unknown {self.kind} {name!r}.{nearest(name, self.entries)}")
+        return self.entries[name]
 
     def build(self, spec: object, context: Context | None = None) -> T:
         """Make a component from its specification.
@@ -101,9 +115,9 @@ class Registry(Generic[T]):
             named = context.named.get(self.kind, {})
             if spec in named:
                 return named[spec]  # type: ignore[return-value]
-            if spec not in self._entries:
+            if spec not in self.entries:
                 raise ConfigError(
-                    f"Unknown {self.kind} {spec!r}.{nearest(spec, [*self._entries, *named])}"
+                    f"Unknown {self.kind} {spec!r}.{nearest(spec, [*self.entries, *named])}"
                 )
             spec = {"type": spec}
         if not isinstance(spec, Mapping):
@@ -111,7 +125,7 @@ class Registry(Generic[T]):
         if "type" not in spec:
             raise ConfigError(
                 f"A {self.kind} needs the key 'type', found only {', '.join(map(str, spec)) or 'no keys'}."
-                f"{nearest('', self._entries)}"
+                f"{nearest('', self.entries)}"
             )
         name = spec["type"]
         values = {key: value for key, value in spec.items() if key != "type"}
@@ -245,10 +259,11 @@ def describe(value: object) -> Any:
     return {"fingerprint": str(fingerprint)}
 
 
-THREATS: Registry[Any] = Registry("threat")
-OBJECTIVES: Registry[Any] = Registry("objective")
-ATTACKS: Registry[Any] = Registry("attack")
-MANIFOLDS: Registry[Any] = Registry("manifold")
-DATASETS: Registry[Any] = Registry("dataset")
-CLASSIFIERS: Registry[Any] = Registry("classifier")
-METHODS: Registry[Any] = Registry("method")
+# Where the components of each kind register themselves; named, not imported, since those rooms lie above.
+THREATS: Registry[Any] = Registry("threat", "onmanifold.threats")
+OBJECTIVES: Registry[Any] = Registry("objective", "onmanifold.objectives")
+ATTACKS: Registry[Any] = Registry("attack", "onmanifold.attacks")
+MANIFOLDS: Registry[Any] = Registry("manifold", "onmanifold.manifolds.fonts")
+DATASETS: Registry[Any] = Registry("dataset", "onmanifold.data", "onmanifold.manifolds.fonts")
+CLASSIFIERS: Registry[Any] = Registry("classifier", "onmanifold.classifiers")
+METHODS: Registry[Any] = Registry("method", "onmanifold.training.methods")

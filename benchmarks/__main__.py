@@ -1,0 +1,13 @@
+"""All benchmarks, one after the other: ``python -m benchmarks`` from the project's root."""
+
+import os
+
+# Before torch starts its threads: idle ones sleep, which leaves a busy machine its processors.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from benchmarks import attacks, fonts, training  # noqa: E402
+
+if __name__ == "__main__":
+    fonts.main()
+    attacks.main()
+    training.main()

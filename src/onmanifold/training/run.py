@@ -1,0 +1,162 @@
+"""`train`, the public face of the training loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from onmanifold.classifiers import build_classifier
+from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.registry import METHODS, Context, build_component, describe
+from onmanifold.training.checkpoint import weights_digest
+from onmanifold.training.config import TrainingConfig
+from onmanifold.training.guard import own_threads, suitable_threads
+from onmanifold.training.log import History, TensorBoard, progress_bar
+from onmanifold.training.loop import Training
+from onmanifold.training.methods.base import Method
+from onmanifold.training.state import RunFiles
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from onmanifold.data.dataset import Dataset
+
+# Fields of the configuration that do not change what comes out.
+_WITHOUT_EFFECT = ("checkpoint_epochs", "checkpoint_minutes", "loss_limit", "threads")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training gives.
+
+    Attributes:
+        classifier: With the best weights, in eval mode, on the device it was trained on.
+        history: One entry per epoch, as in ``metrics.jsonl``: epoch (from 1), train_loss, train_accuracy,
+            validation_accuracy, validation_robust_accuracy, learning_rate (of the last step), seconds,
+            examples_per_second. Accuracies are in [0, 1]; those of training are on the examples trained on.
+        best_epoch: The epoch of the best weights, from 1.
+        best: The file of the best weights; None where the training had no directory.
+    """
+
+    classifier: nn.Module
+    history: History
+    best_epoch: int
+    best: Path | None
+
+
+def train(
+    method: Method | str | Mapping[str, Any],
+    classifier: nn.Module | str | Mapping[str, Any],
+    dataset: Dataset,
+    config: TrainingConfig | Mapping[str, Any] | None = None,
+    *,
+    directory: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    tensorboard: bool = False,
+    fabric: Fabric | None = None,
+) -> TrainingResult:
+    """Train a classifier.
+
+    A share of ``dataset`` is held out, and the weights of the epoch with the best robust accuracy on it are
+    the result (see `TrainingConfig`). With a directory, ``last.ckpt`` holds the state: the same call continues
+    from it after any interruption, ends as an undisturbed training would, and returns at once when there is
+    nothing left to do. Beside it stand ``best.safetensors`` and ``metrics.jsonl``, a line per epoch.
+
+    Args:
+        method: What loss is taken: a method, or its specification, such as "normal".
+        classifier: A module from images in [0, 1] to logits, which is copied and left as it is; or the
+            specification of one, whose weights then come from ``seed``.
+        dataset: Training images; the test images play no part.
+        config: How it is run; None: the defaults.
+        directory: Where the files go; None: nothing is written.
+        seed: Of all that is random.
+        progress: Whether to show a progress bar.
+        tensorboard: Whether to write ``tensorboard/`` into the directory.
+        fabric: Devices and processes, launched; None: one process on a GPU where there is one. Images of a
+            batch are shared among the processes.
+
+    Raises:
+        InputError: Something does not fit together.
+        ConfigError: A specification is wrong.
+        CheckpointError: The directory holds another training, or a damaged one.
+        DivergenceError: The loss became NaN, infinite or too large; the last good state is kept.
+        DataError: A file could not be written.
+        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
+    """
+    method = METHODS.build(method)
+    if not isinstance(method, Method):
+        raise InputError(f"method: expected a training method, found {type(method).__name__}.")
+    if not isinstance(config, TrainingConfig):
+        config = build_component(TrainingConfig, config or {}, Context(), "training")
+    if isinstance(classifier, nn.Module):
+        classifier = copy.deepcopy(classifier)
+    else:
+        spec = {"type": classifier} if isinstance(classifier, str) else classifier
+        classifier = build_classifier(spec, dataset.num_classes, dataset.image_shape, seed)
+    fabric = fabric or _own_fabric(config)
+    _check_fabric(fabric, config)
+    if tensorboard and directory is None:
+        raise InputError("tensorboard: needs a directory.")
+    identity = {
+        "method": describe(method),
+        "training": {
+            key: value for key, value in describe(config).items() if key not in _WITHOUT_EFFECT
+        },
+        "dataset": dataset.fingerprint,
+        "classifier": {"type": type(classifier).__name__, "weights": weights_digest(classifier)},
+        "seed": seed,
+    }
+    files = None if directory is None else RunFiles(Path(directory), identity)
+    with ExitStack() as stack:
+        threads = config.threads
+        if threads is None and fabric.device.type == "cpu":
+            threads = suitable_threads(classifier, dataset.image_shape, config.batch_size)
+        stack.enter_context(own_threads(threads))
+        training = Training(method, classifier, dataset, config, seed, files, fabric)
+        training.resume()
+        if not training.finished:
+            board = None
+            if tensorboard and files is not None and fabric.is_global_zero:
+                board = stack.enter_context(TensorBoard(files.directory))
+            title = method.registered_name or type(method).__name__
+            report = stack.enter_context(
+                progress_bar(
+                    title, config.epochs, training.steps, progress and fabric.is_global_zero
+                )
+            )
+            training.run(report, board.write if board is not None else lambda entry: None)
+        result = training.result()
+    return TrainingResult(
+        result,
+        training.state.history,
+        training.state.best_epoch,
+        None if files is None else files.best,
+    )
+
+
+def _own_fabric(config: TrainingConfig) -> Fabric:
+    from lightning_fabric import Fabric
+
+    return Fabric(accelerator="auto", devices=1, precision=config.precision)
+
+
+def _check_fabric(fabric: Fabric, config: TrainingConfig) -> None:
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.single_device import SingleDeviceStrategy
+
+    if not isinstance(fabric.strategy, DDPStrategy | SingleDeviceStrategy):
+        raise InputError(
+            f"fabric: expected one device or the strategy 'ddp', found {type(fabric.strategy).__name__}."
+        )
+    precision = fabric.strategy.precision.precision
+    if precision != config.precision:
+        raise InputError(
+            f"fabric: has precision {precision!r}, the configuration says {config.precision!r}."
+        )

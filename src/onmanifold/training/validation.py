@@ -1,0 +1,75 @@
+"""Clean and robust accuracy on held-out training images, to choose the best checkpoint by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from onmanifold.attacks import Attack
+from onmanifold.attacks.engine import Precision
+
+if TYPE_CHECKING:
+    from onmanifold.data.dataset import Dataset
+
+_BATCH_SIZE = 250
+
+
+@torch.no_grad()
+def validate(
+    classifier: nn.Module,
+    dataset: Dataset,
+    attacks: Sequence[Attack],
+    *,
+    seed: int,
+    precision: Precision | None = None,
+    rank: int = 0,
+    processes: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> tuple[float, float | None]:
+    """Accuracy on clean images, and the share of images that withstand each of the attacks.
+
+    Args:
+        classifier: On the device of ``dataset``; put into eval mode.
+        dataset: Held-out images.
+        attacks: None: there is no robust accuracy.
+        seed: Of the attacks; the same in each epoch, so that epochs can be compared.
+        precision: Of the attacks; None: as each says.
+        rank: Number of this process.
+        processes: How many share the work.
+        total: Sums a tensor over the processes.
+
+    Returns:
+        Both in [0, 1].
+    """
+    classifier.eval()
+    dtype = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), torch.float32)
+    counts = torch.zeros(2, dtype=torch.float64)
+    for positions in torch.split(torch.arange(rank, len(dataset), processes), _BATCH_SIZE):
+        images, labels, codes, indices = dataset.batch(positions)
+        images = images.to(dtype)
+        standing = classifier(images).argmax(1) == labels
+        counts[0] += standing.sum().cpu()
+        for attack in attacks:
+            rows = standing.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            engine = (
+                attack.engine if precision is None else replace(attack.engine, precision=precision)
+            )
+            examples = attack.examples(
+                classifier,
+                images[rows],
+                labels[rows],
+                codes=None if codes is None else codes[rows],
+                seed=seed,
+                indices=indices[rows],
+                engine=engine,
+            )
+            standing[rows] = classifier(examples).argmax(1) == labels[rows]
+        counts[1] += standing.sum().cpu()
+    clean, robust = (total(counts) / len(dataset)).tolist()
+    return clean, robust if attacks else None

@@ -5,7 +5,7 @@ import os
 # Before torch starts its threads: idle ones sleep, which leaves a busy machine its processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from benchmarks import attacks, fonts, training  # noqa: E402
+from benchmarks import attacks, fonts, training
 
 if __name__ == "__main__":
     fonts.main()

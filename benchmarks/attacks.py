@@ -20,8 +20,8 @@ import torchattacks
 from torch import Tensor, nn
 
 import onmanifold as om
-from onmanifold.attacks.engine import frozen
 from benchmarks.timing import interleave, ratio
+from onmanifold.attacks.engine import frozen
 
 STEPS = 20
 

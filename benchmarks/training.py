@@ -19,6 +19,7 @@ import onmanifold as om
 from benchmarks.timing import interleave, ratio
 
 STEPS = 10
+Calls = dict[str, Callable[[], object]]
 
 
 def plain_attack(model: nn.Module, images: Tensor, labels: Tensor, radius: float) -> Tensor:
@@ -50,34 +51,39 @@ def trainer(
     return step
 
 
+def steps(name: str, shape: tuple[int, int, int], batch: int, radius: float) -> Calls:
+    """A training step by each way, by name."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch, *shape, generator=generator)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0)
+    ball = om.ImageBall(norm="linf", radius=radius)
+    pgd = om.PGD(ball, steps=STEPS, step_size=radius / 4, early_stop=False)
+    bf16 = om.Engine(precision="bf16")
+    ways = {
+        "plain loop": lambda net, x, y: plain_attack(net, x, y, radius),
+        "onmanifold": lambda net, x, y: pgd.examples(net, x, y),
+        "onmanifold, attack in bf16": lambda net, x, y: pgd.examples(net, x, y, engine=bf16),
+    }
+
+    def repeated(way: str) -> Callable[[], object]:
+        net = copy.deepcopy(model)
+        if way != "plain loop":
+            net = net.to(memory_format=torch.channels_last)
+        step = trainer(net, ways[way])
+        repeats = 5 if name == "conv_net" else 1
+        return lambda: [step(images, labels) for _ in range(repeats)]
+
+    return {way: repeated(way) for way in ways}
+
+
 def speed(rounds: int, only: str | None) -> None:
     """Print the ratios of a step's time."""
     settings = {"conv_net": ((1, 28, 28), 100, 0.1), "resnet18": ((3, 32, 32), 64, 8 / 255)}
     for name, (shape, batch, radius) in settings.items():
         if only not in (None, name):
             continue
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(batch, *shape, generator=generator)
-        labels = torch.randint(0, 10, (batch,), generator=generator)
-        model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0)
-        ball = om.ImageBall(norm="linf", radius=radius)
-        pgd = om.PGD(ball, steps=STEPS, step_size=radius / 4, early_stop=False)
-        bf16 = om.Engine(precision="bf16")
-        ways = {
-            "plain loop": lambda net, x, y, r=radius: plain_attack(net, x, y, r),
-            "onmanifold": lambda net, x, y, a=pgd: a.examples(net, x, y),
-            "onmanifold, attack in bf16": lambda net, x, y, a=pgd: a.examples(
-                net, x, y, engine=bf16
-            ),
-        }
-        calls = {}
-        for way, attack in ways.items():
-            net = copy.deepcopy(model)
-            if way != "plain loop":
-                net = net.to(memory_format=torch.channels_last)
-            step = trainer(net, attack)
-            repeats = 5 if name == "conv_net" else 1
-            calls[way] = lambda s=step, n=repeats: [s(images, labels) for _ in range(n)]
+        calls = steps(name, shape, batch, radius)
         seconds = interleave(calls, rounds=rounds)
         print(f"\nAT [PGD-{STEPS}] step, {name}, batch {batch}, {torch.get_num_threads()} threads")
         for way in calls:

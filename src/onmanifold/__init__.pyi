@@ -37,4 +37,5 @@ from .training import Method as Method
 from .training import Normal as Normal
 from .training import RandomPerturbationTraining as RandomPerturbationTraining
 from .training import TrainingConfig as TrainingConfig
+from .training import TrainingResult as TrainingResult
 from .training import train as train

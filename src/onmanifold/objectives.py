@@ -111,10 +111,7 @@ class Margin(Objective):
     confidence: float | None = None
 
     def __post_init__(self) -> None:
-        if self.confidence is not None and not self.confidence >= 0:
-            raise InputError(
-                f"confidence: expected a number >= 0 or None, found {self.confidence}."
-            )
+        _check_confidence(self.confidence)
 
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
         """The largest z_i over i != y, minus z_y, (B,)."""
@@ -203,6 +200,9 @@ class TargetedMargin(_Targeted):
 
     confidence: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_confidence(self.confidence)
+
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
         """z_t − max over i != t of z_i, (B,)."""
         return _capped(-_margin(logits, extra["targets"]), self.confidence)
@@ -212,6 +212,11 @@ def _margin(logits: Tensor, classes: Tensor) -> Tensor:
     column = classes.unsqueeze(1)
     others = logits.scatter(1, column, -torch.inf).amax(1)
     return others - logits.gather(1, column).squeeze(1)
+
+
+def _check_confidence(confidence: float | None) -> None:
+    if confidence is not None and not confidence >= 0:
+        raise InputError(f"confidence: expected a number >= 0 or None, found {confidence}.")
 
 
 def _capped(values: Tensor, confidence: float | None) -> Tensor:

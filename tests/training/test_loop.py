@@ -303,13 +303,13 @@ def test_a_specification_of_a_classifier_is_built_from_the_seed(dataset):
 
 
 def test_small_models_train_on_one_thread(dataset, network, monkeypatch):
-    from onmanifold.training.guard import own_threads, suitable_threads
+    from onmanifold.attacks.threads import own_threads, suitable_threads
 
     large = om.build_classifier("resnet18", 10, (3, 32, 32), seed=0).train()
     small = om.build_classifier("conv_net", 10, (1, 28, 28), seed=0)
     with own_threads(2):
-        assert suitable_threads(large, (3, 32, 32), 64) is None
-        assert suitable_threads(small, (1, 28, 28), 100) == 1
+        assert suitable_threads(large, torch.zeros(64, 3, 32, 32)) is None
+        assert suitable_threads(small, torch.zeros(100, 1, 28, 28)) == 1
         assert all(part.training for part in large.modules())
         used, plain = [], Normal.loss
         monkeypatch.setattr(

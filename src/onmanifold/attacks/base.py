@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,18 @@ class Attack(Component, ABC):
         Raises:
             InputError: Something is of the wrong type, shape, dtype, device or range.
         """
+        if torch.is_inference_mode_enabled():
+            # Tensors made in that mode cannot take part in a gradient; copies made outside of it can.
+            with torch.inference_mode(False):
+                return self(
+                    model,
+                    _copy(images),
+                    _copy(labels),
+                    _copy(codes),
+                    seed,
+                    _copy(indices),
+                    _copy(targets),
+                )
         images = check_images(images)
         check_labels(labels, len(images))
         _check_places(model, images, labels=labels, codes=codes, indices=indices, targets=targets)
@@ -132,7 +145,10 @@ class Attack(Component, ABC):
         if len(images) == 0:
             raise InputError("images: the batch is empty.")
         with untouched(model, seed):
-            check_labels(labels, len(images), probe(model, images[:1]).shape[1])
+            classes = probe(model, images[:1]).shape[1]
+        check_labels(labels, len(images), classes)
+        if targets is not None:
+            check_labels(targets, len(images), classes, name="targets")
         with frozen(model, images, self.engine, seed=seed) as network:
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
@@ -199,6 +215,10 @@ class Attack(Component, ABC):
         return indices
 
 
+def _copy(given: Any) -> Any:
+    return given.clone() if isinstance(given, Tensor) else given
+
+
 def _fast_layout(images: Tensor) -> Tensor:
     """channels_last, in which convolutions are fastest; the values are the same."""
     return images.contiguous(memory_format=torch.channels_last)
@@ -206,7 +226,11 @@ def _fast_layout(images: Tensor) -> Tensor:
 
 def _check_places(model: nn.Module, images: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != images.device:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name}: expected a torch.Tensor, found {type(tensor).__name__}.")
+        if tensor.device != images.device:
             raise InputError(
                 f"{name}: found on {tensor.device}, the images are on {images.device}."
             )

@@ -8,7 +8,6 @@ compiled. The model itself is found again exactly as it was, also after an inter
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,19 +15,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from onmanifold.attacks import folding
+from onmanifold.attacks.threads import own_threads, suitable_threads
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import Component
 
 Precision = Literal["32", "bf16"]
 
-# A batch's forward pass below this many floating-point operations runs faster on one CPU thread.
-_SMALL_PASS = 200_000_000
 _PROBES = 4
-
-_operations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -94,15 +89,13 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     modules = list(model.modules())
     flags = [module.training for module in modules]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*parameters, *model.buffers()) if tensor.is_cuda}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    places = [(module, dict(module._buffers)) for module in modules]
+    devices = _cuda_devices(model)
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=sorted(devices, key=str)))
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+            _seed_generators(seed, devices)
         try:
             for module in modules:
                 module.training = False
@@ -114,10 +107,26 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
                 module.training = flag
             for parameter in parameters:
                 parameter.requires_grad_(True)
+            for module, own in places:
+                # A forward pass may have put new tensors in place of its buffers.
+                module._buffers.update(own)
             with torch.no_grad():
-                for buffer, version, before in buffers:
-                    if buffer._version != version:
+                for buffer, before in buffers:
+                    # Values are compared: batch norm updates its statistics without a trace in _version.
+                    if not torch.equal(buffer, before):
                         buffer.copy_(before)
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device for tensor in tensors if tensor.is_cuda}, key=str)
+
+
+def _seed_generators(seed: int, devices: list[torch.device]) -> None:
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager
@@ -136,14 +145,16 @@ def frozen(
     Raises:
         InputError: The model does not take such images, or gives no (B, K) logits.
     """
-    core = _unwrapped(model)
-    with untouched(model, seed), _threads(core, images, engine):
+    core = unwrapped(model)
+    with untouched(model, seed), own_threads(engine.threads or suitable_threads(core, images)):
         copied = _folded(core, images, check) if engine.fold else None
         if copied is None:
             probe(model, images[:1])
             full: FrozenNetwork = FrozenNetwork(model, folded=False)
         else:
             full = FrozenNetwork(_compiled(copied) if engine.compile else copied, folded=True)
+        # Again: what was tried out above, at the first attack only, may have drawn random numbers.
+        _seed_generators(seed, _cuda_devices(model))
         if engine.precision == "32" or images.dtype == torch.float64:
             yield full
             return
@@ -176,16 +187,18 @@ def probe(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return logits
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile, DistributedDataParallel and Fabric wrappers."""
-    for name in ("_orig_mod", "_original_module"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module):
-            return _unwrapped(inner)
+def unwrapped(model: nn.Module, *, compiled: bool = True) -> nn.Module:
+    """The module inside the wrappers of Fabric and DistributedDataParallel.
+
+    Args:
+        model: Any module.
+        compiled: Whether to look inside torch.compile's wrapper too.
+    """
+    names = ("_original_module", "_orig_mod") if compiled else ("_original_module",)
+    inner = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner = model.module
-        return _unwrapped(inner) if isinstance(inner, nn.Module) else model
-    return model
+    return unwrapped(inner, compiled=compiled) if isinstance(inner, nn.Module) else model
 
 
 def _folded(model: nn.Module, images: Tensor, check: bool) -> nn.Module | None:
@@ -215,36 +228,3 @@ def _half(graph: nn.Module) -> nn.Module:
 def _compiled(graph: nn.Module) -> Callable[[Tensor], Tensor]:
     compiled: Callable[[Tensor], Tensor] = torch.compile(graph, dynamic=True)
     return compiled
-
-
-@contextmanager
-def _threads(model: nn.Module, images: Tensor, engine: Engine) -> Iterator[None]:
-    """On the CPU, run small passes on one thread: handing work around costs more than it saves."""
-    if images.is_cuda:
-        yield
-        return
-    before = torch.get_num_threads()
-    wanted = engine.threads or before
-    if (
-        engine.threads is None
-        and before > 1
-        and len(images) * _operations_of(model, images) < _SMALL_PASS
-    ):
-        wanted = 1
-    if wanted == before:
-        yield
-        return
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _operations_of(model: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of one sample's forward pass, counted once per model."""
-    if model not in _operations:
-        with FlopCounterMode(display=False) as counter:
-            probe(model, images[:1])
-        _operations[model] = int(counter.get_total_flops())
-    return _operations[model]

@@ -36,12 +36,10 @@ class Template:
     Attributes:
         graph: The traced copy, its parameters to be refreshed.
         pairs: Name of a layer and of the batch norm folded into it.
-        signature: What the model looked like when it was traced.
     """
 
     graph: fx.GraphModule
     pairs: dict[str, str]
-    signature: tuple[Any, ...]
 
     def refresh(self, model: nn.Module) -> fx.GraphModule:
         """Copy the model's present weights into the graph, folded, frozen and channels_last."""
@@ -55,49 +53,60 @@ class Template:
                 _place(target, "bias", bias)
                 folded.update((f"{layer}.weight", f"{layer}.bias"))
             ours = dict(self.graph.named_modules())
-            for name, source in (*model.named_parameters(), *model.named_buffers()):
+            # Under every name: layers that share a tensor hold one each in the copy.
+            parameters = model.named_parameters(remove_duplicate=False)
+            for name, source in (*parameters, *model.named_buffers(remove_duplicate=False)):
                 owner, _, leaf = name.rpartition(".")
                 if name not in folded and owner in ours and hasattr(ours[owner], leaf):
                     _place(ours[owner], leaf, source.detach())
         return self.graph
 
 
-_templates: weakref.WeakKeyDictionary[nn.Module, Template | None] = weakref.WeakKeyDictionary()
+_Signature = tuple[Any, ...] | None
+
+# What each model looked like when it was traced, and its template, or None where it cannot be folded.
+_templates: weakref.WeakKeyDictionary[nn.Module, tuple[_Signature, Template | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def template_of(model: nn.Module) -> tuple[Template | None, bool]:
     """The model's template, or None where it cannot be folded; and whether it was traced just now."""
     signature = _signature(model)
     known = _templates.get(model)
-    if known is not None and known.signature == signature:
-        return known, False
-    template = None if signature is None else _trace(model, signature)
-    if template is not None:
-        _templates[model] = template
+    if known is not None and known[0] == signature:
+        return known[1], False
+    template = None if signature is None else _trace(model)
+    _templates[model] = signature, template
     return template, True
 
 
 def forget(model: nn.Module) -> None:
-    """Drop the template, so that the next attack traces the model again."""
-    _templates.pop(model, None)
+    """Drop the template: the model is attacked unfolded, until its structure or a setting changes."""
+    _templates[model] = _signature(model), None
 
 
-def _signature(model: nn.Module) -> tuple[Any, ...] | None:
-    """The model's structure; None where hooks or parametrisations forbid a copy."""
-    parts = []
+def _signature(model: nn.Module) -> _Signature:
+    """The model's structure and plain settings; None where hooks or parametrisations forbid a copy."""
+    parts: list[Any] = []
     for name, module in model.named_modules():
         if any(getattr(module, hooks, None) for hooks in _HOOKS) or hasattr(
             module, "parametrizations"
         ):
             return None
-        parts.append((name, type(module), id(module)))
+        # Numbers and switches are baked into a trace: a temperature, the eps of a batch norm.
+        settings = [
+            (key, value)
+            for key, value in vars(module).items()
+            if type(value) in (bool, int, float, str) and key != "training"
+        ]
+        parts.append((name, type(module), id(module), tuple(settings)))
     return tuple(parts)
 
 
-def _trace(model: nn.Module, signature: tuple[Any, ...]) -> Template | None:
-    # Two traces that differ show that Python state, a counter or a random number, was baked in.
+def _trace(model: nn.Module) -> Template | None:
     try:
-        graphs = [_trace_once(model) for _ in range(2)]
+        graphs = _trace_twice(model)
     except Exception as error:  # a model may fail to trace in any way its author thought of
         logger.debug("%s is attacked unfolded: %s", type(model).__name__, error)
         return None
@@ -111,14 +120,15 @@ def _trace(model: nn.Module, signature: tuple[Any, ...]) -> Template | None:
     graph.recompile()
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
-    return Template(graph, pairs, signature)
+    return Template(graph, pairs)
 
 
-def _trace_once(model: nn.Module) -> fx.GraphModule:
+def _trace_twice(model: nn.Module) -> list[fx.GraphModule]:
+    """Two traces of one copy: they differ where Python state, a counter or a random number, is baked in."""
     private = copy.deepcopy(model)
     for module in private.modules():
         module.training = False
-    return fx.symbolic_trace(private)
+    return [fx.symbolic_trace(private) for _ in range(2)]
 
 
 def _has_constants(graph: fx.GraphModule) -> bool:
@@ -135,13 +145,15 @@ def _fold_norms(graph: fx.GraphModule) -> dict[str, str]:
     uses: dict[str, int] = {}
     for node in calls:
         uses[str(node.target)] = uses.get(str(node.target), 0) + 1
-    pairs = {}
+    pairs: dict[str, str] = {}
     for node in calls:
         before = node.args[0] if node.args else None
         if not (
             isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
         ):
             continue
+        if str(before.target) in pairs:
+            continue  # a second norm after the one that is folded
         layer, norm = modules[str(before.target)], modules[str(node.target)]
         if uses[str(before.target)] == uses[str(node.target)] == 1 and _foldable(layer, norm):
             pairs[str(before.target)] = str(node.target)
@@ -182,7 +194,7 @@ def _relu_in_place(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.op != "call_module" or type(modules[str(node.target)]) is not nn.ReLU:
             continue
-        before = node.args[0]
+        before = node.args[0] if node.args else None
         if not (
             isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
         ):

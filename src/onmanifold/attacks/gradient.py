@@ -75,7 +75,7 @@ class GradientAttack(Attack, ABC):
             if walk is None:
                 break
             start = walk.region.random(self.start, search.seed, walk.indices, restart)
-            _ascend(walk, best, start, steps, step_sizes, update)
+            _ascend(walk, best, start, steps, _kept(step_sizes, walk.positions), update)
         return best.found
 
 
@@ -214,9 +214,11 @@ def _fooled(walk: _Walk, best: _Best, variables: Variables, logits: Tensor) -> T
     return fooled
 
 
-def _kept(step_sizes: StepSizes, mask: Tensor) -> StepSizes:
+def _kept(step_sizes: StepSizes, selected: Tensor) -> StepSizes:
+    """The step sizes of the samples selected by a mask or by positions."""
     return {
-        name: size[mask] if isinstance(size, Tensor) else size for name, size in step_sizes.items()
+        name: size[selected] if isinstance(size, Tensor) else size
+        for name, size in step_sizes.items()
     }
 
 

@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from onmanifold.attacks.engine import probe, untouched
+from onmanifold.attacks.engine import probe, untouched, unwrapped
 from onmanifold.evaluation.ledger import STANDARD, Evaluation
-from onmanifold.evaluation.runner import unwrapped
 from onmanifold.evaluation.shards import LEDGER, Shards, model_digest
 from onmanifold.foundation.checks import check_images
 from onmanifold.foundation.errors import CheckpointError, DataError
@@ -39,7 +38,7 @@ def recheck(model: nn.Module, directory: str | Path) -> pd.DataFrame:
     """
     evaluation = Evaluation.load(Path(directory) / LEDGER)
     facts = evaluation.provenance
-    network = unwrapped(model)
+    network = unwrapped(model, compiled=False)
     if facts.get("model") != model_digest(network):
         raise CheckpointError(f"{directory} holds the evaluation of another model.")
     if any(tensor.dtype != torch.float32 for tensor in network.parameters()):

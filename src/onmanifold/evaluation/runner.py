@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onmanifold.attacks.base import Attack, AttackResult
-from onmanifold.attacks.engine import probe, untouched
+from onmanifold.attacks.engine import probe, untouched, unwrapped
 from onmanifold.evaluation.ledger import (
     SIZE,
     STANDARD,
@@ -257,24 +257,14 @@ def _plan(
 
 def _placed(model: nn.Module, fabric: Fabric | None) -> tuple[nn.Module, torch.device, torch.dtype]:
     """The plain model on the device to work on, that device, and the dtype the model wants."""
-    network = unwrapped(model)
+    # Their wrappers' forward passes wait for the other processes, which may have another number of batches.
+    network = unwrapped(model, compiled=False)
     tensors = [*network.parameters(), *network.buffers()]
     found = tensors[0].device if tensors else torch.device("cpu")
     device = found if fabric is None else fabric.device
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     # A copy, so that the caller's model stays where it is.
     return (network if device == found else copy.deepcopy(network).to(device)), device, dtype
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside Fabric's and DistributedDataParallel's wrappers.
-
-    Their forward passes wait for the other processes, which here may have another number of batches.
-    """
-    inner = getattr(model, "_original_module", None)
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = model.module
-    return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _check(

@@ -95,7 +95,9 @@ class Manifold(nn.Module, ABC):
             or not codes.is_floating_point()
             or tuple(codes.shape) != expected
         ):
-            found = tuple(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
+            found = type(codes).__name__
+            if isinstance(codes, Tensor):
+                found = f"{codes.dtype} {tuple(codes.shape)}"
             raise InputError(
                 f"codes: expected a float tensor {expected} for {self.name}, found {found}."
             )

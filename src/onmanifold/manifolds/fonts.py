@@ -154,8 +154,8 @@ class FontsManifold(Manifold):
     def encode(self, images: Tensor, labels: Tensor) -> Tensor:
         """Codes of images of which neither font nor transformation is known, by search.
 
-        Datasets of FONTS carry their codes; this is for images from elsewhere, and takes tens of
-        milliseconds for each.
+        Datasets of FONTS carry their codes; this is for images from elsewhere. It takes some tenths of a
+        second for each, and finds a near image but not always the very font.
         """
         return identify(self, images, labels)
 

@@ -1,4 +1,4 @@
-"""What a training borrows from its surroundings and gives back: Ctrl-C, generators, dtype, CPU threads."""
+"""What a training borrows from its surroundings and gives back: Ctrl-C, random generators, dtype."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-# Forward passes of a batch below this many floating-point operations: a second thread gains a third where
-# nothing else runs, and costs a multiple where anything does.
-_SMALL_PASS = 200_000_000
 
 
 class Interruption:
@@ -69,35 +63,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def suitable_threads(
-    classifier: nn.Module, image_shape: tuple[int, int, int], batch: int
-) -> int | None:
-    """1 for a model so small that handing work to other threads does not pay, else None: as it is."""
-    if torch.get_num_threads() == 1:
-        return None
-    parameter = next(classifier.parameters())
-    image = torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device)
-    flags = [(part, part.training) for part in classifier.modules()]
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            classifier.eval()(image)
-    finally:
-        for part, flag in flags:
-            part.training = flag
-    return 1 if batch * counter.get_total_flops() < _SMALL_PASS else None
-
-
-@contextmanager
-def own_threads(count: int | None) -> Iterator[None]:
-    """Run on ``count`` CPU threads; None: as it is."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

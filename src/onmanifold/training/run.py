@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from onmanifold.attacks.engine import untouched
+from onmanifold.attacks.threads import own_threads, suitable_threads
 from onmanifold.classifiers import build_classifier
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import METHODS, Context, build_component, describe
 from onmanifold.training.checkpoint import weights_digest
 from onmanifold.training.config import TrainingConfig
-from onmanifold.training.guard import own_threads, suitable_threads
 from onmanifold.training.log import History, TensorBoard, progress_bar
 from onmanifold.training.loop import Training
 from onmanifold.training.methods.base import Method
@@ -117,7 +119,7 @@ def train(
     with ExitStack() as stack:
         threads = config.threads
         if threads is None and fabric.device.type == "cpu":
-            threads = suitable_threads(classifier, dataset.image_shape, config.batch_size)
+            threads = _suitable_threads(classifier, dataset.image_shape, config.batch_size)
         stack.enter_context(own_threads(threads))
         training = Training(method, classifier, dataset, config, seed, files, fabric)
         training.resume()
@@ -160,3 +162,12 @@ def _check_fabric(fabric: Fabric, config: TrainingConfig) -> None:
         raise InputError(
             f"fabric: has precision {precision!r}, the configuration says {config.precision!r}."
         )
+
+
+def _suitable_threads(
+    classifier: nn.Module, image_shape: tuple[int, int, int], batch_size: int
+) -> int | None:
+    parameter = next(classifier.parameters())
+    images = torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device)
+    with untouched(classifier):
+        return suitable_threads(classifier, images.expand(batch_size, -1, -1, -1))

@@ -1,0 +1,45 @@
+"""How many CPU threads a model is worth: handing small work around costs more than it saves."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Forward passes of a batch below this many floating-point operations: a second thread gains a third where
+# nothing else runs, and costs a multiple where anything does.
+_SMALL_PASS = 200_000_000
+
+_operations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def suitable_threads(model: nn.Module, images: Tensor) -> int | None:
+    """1 where a forward pass of ``images`` (B, C, H, W) is so small that threads do not pay, else None.
+
+    The first call for a model runs it on one image, in the mode it is in.
+    """
+    if images.is_cuda or torch.get_num_threads() == 1:
+        return None
+    if model not in _operations:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(images[:1])
+        _operations[model] = int(counter.get_total_flops())
+    return 1 if len(images) * _operations[model] < _SMALL_PASS else None
+
+
+@contextmanager
+def own_threads(count: int | None) -> Iterator[None]:
+    """Run on ``count`` CPU threads; None: as it is."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

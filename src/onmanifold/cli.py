@@ -1,0 +1,440 @@
+"""The command line. Heavy imports stand inside the commands, so that help and lists answer at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from onmanifold.experiments.setup import Setup
+    from onmanifold.experiments.spec import Experiment
+    from onmanifold.experiments.summary import Results
+
+app = typer.Typer(
+    name="onmanifold",
+    help="Adversarial robustness relative to the data manifold: attacks, training and honest evaluation.",
+    epilog="Start with: onmanifold demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["32", "bf16"]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings of the experiment, such as training.epochs=3."
+    ),
+]
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A saved classifier (safetensors).")]
+ExperimentOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--experiment", "-e", help="Experiment file with data and attacks; default: the demo's."
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder of the results; default: runs/<name>.")
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Folder of the runs, to share them; default: <out>/store."),
+]
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+PrecisionOption = Annotated[
+    Precision | None, typer.Option(help="Of training and attacks; default: as the experiment says.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Jobs = Annotated[
+    int, typer.Option("--jobs", "-j", min=1, help="Processes that share the trainings.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def main() -> None:
+    """Entry point of the ``onmanifold`` command."""
+    app()
+
+
+def _explained(command: Command) -> Command:
+    """Errors as one line and exit code 1; Ctrl-C as a line that says how to go on, and 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from onmanifold.foundation.errors import OnManifoldError
+
+        try:
+            command(*args, **kwargs)
+        except OnManifoldError as error:
+            if kwargs.get("debug"):
+                raise
+            _complain(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _complain("Interrupted. What is finished is kept; the same command goes on from there:")
+            _complain(f"  {_called()}")
+            raise typer.Exit(130) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _complain(line: str) -> None:
+    typer.echo(" ".join(line.splitlines()) if line.startswith("error:") else line, err=True)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _called() -> str:
+    return shlex.join(["onmanifold", *sys.argv[1:]])
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from importlib.metadata import version
+
+        typer.echo(f"onmanifold {version('onmanifold')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+@_explained
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
+        "runs/demo"
+    ),
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    threads: Threads = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Processes that share the trainings; default: 2 on a CPU."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """DMAT in a few minutes on the fonts inside matplotlib: four methods, one table, figures, a page."""
+    _run(_demo_file(), overrides, out, store, device, precision, threads, jobs, debug)
+
+
+@app.command()
+@_explained
+def run(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    threads: Threads = None,
+    jobs: Jobs = 1,
+    debug: Debug = False,
+) -> None:
+    """Train, evaluate and report; goes on where it stopped, and repeats nothing that is finished."""
+    _run(experiment, overrides, out, store, device, precision, threads, jobs, debug)
+
+
+@app.command()
+@_explained
+def train(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Only this method; may be repeated.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", "-s", help="Only this seed.")] = None,
+    out: Out = None,
+    store: StoreOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Train the methods of an experiment without evaluation; `run` finds the classifiers."""
+    from onmanifold.experiments.runner import open_session, train_only
+
+    _use_threads(threads)
+    session = open_session(
+        _experiment(experiment, overrides, precision),
+        out,
+        store=store,
+        device=device,
+        say=_say,
+        bars=sys.stderr.isatty(),
+        debug=debug,
+    )
+    jobs = train_only(session, method or None, seed or None)
+    for job in jobs:
+        typer.echo(f"{job.method}, seed {job.seed}: {job.error or job.classifier}")
+    if any(job.error for job in jobs):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_explained
+def evaluate(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    experiment: ExperimentOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the ledger; the evaluation can then resume."),
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Attack a saved classifier with all attacks of an experiment, on its test images."""
+    from onmanifold.evaluation import evaluate as evaluate_model
+    from onmanifold.experiments.checkpoints import load_for, table_of
+    from onmanifold.experiments.setup import fabric_for
+
+    _use_threads(threads)
+    setup = _setup(experiment, overrides, precision)
+    measured = evaluate_model(
+        load_for(setup, checkpoint),
+        setup.test,
+        setup.attacks,
+        batch_size=setup.experiment.evaluation.batch_size,
+        seed=setup.experiment.evaluation.seed,
+        directory=out,
+        fabric=fabric_for(setup, device),
+        progress=sys.stderr.isatty(),
+    )
+    _show(table_of(setup, checkpoint.stem, measured).to_rich(_width()))
+    if out is not None:
+        typer.echo(f"Ledger: {out / 'ledger.parquet'}")
+
+
+@app.command()
+@_explained
+def attack(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    experiment: ExperimentOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", "-n", help="Which attack of the experiment; default: the last."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of test images.")] = 100,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the images.")] = Path(
+        "runs/attack"
+    ),
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Attack a saved classifier on a few test images; keeps the images and shows them."""
+    from onmanifold.experiments.checkpoints import attack_images
+    from onmanifold.experiments.setup import fabric_for
+
+    _use_threads(threads)
+    setup = _setup(experiment, overrides, precision)
+    for line in attack_images(setup, checkpoint, name, count, out, fabric_for(setup, device)):
+        typer.echo(line)
+
+
+@app.command()
+@_explained
+def project(
+    images: Annotated[
+        Path | None,
+        typer.Argument(help="Images kept by `onmanifold attack`; default: clean test images."),
+    ] = None,
+    experiment: ExperimentOption = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, a setting of the experiment.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 100,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Find the codes of images on the manifold, and how far from it the images are."""
+    from onmanifold.experiments.checkpoints import project_images
+
+    _use_threads(threads)
+    for line in project_images(_setup(experiment, setting, None), images, count):
+        typer.echo(line)
+
+
+@app.command()
+@_explained
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder of results, such as runs/demo.")],
+    store: StoreOption = None,
+    debug: Debug = False,
+) -> None:
+    """Write table, figures and page anew from what is finished in a folder of results."""
+    from onmanifold.experiments.runner import report_only
+
+    _present(report_only(folder, store))
+
+
+@app.command(name="list")
+@_explained
+def list_components(
+    kind: Annotated[str | None, typer.Argument(help="Only one kind, such as attack.")] = None,
+    debug: Debug = False,
+) -> None:
+    """What an experiment file can name: datasets, classifiers, threat models, attacks, methods ..."""
+    from onmanifold.catalogue import KINDS, catalogue
+
+    kinds = list(KINDS.values())
+    wanted = kind if kind is None or kind in kinds else kind.rstrip("s")
+    if wanted is not None and wanted not in kinds:
+        _complain(f"error: Unknown kind {kind!r}. Valid: {', '.join(kinds)}.")
+        raise typer.Exit(1)
+    from rich.markup import escape
+    from rich.table import Table
+
+    items = catalogue()
+    for one in kinds if wanted is None else [wanted]:
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for item in (item for item in items if item.kind == one):
+            fields = f"\n[dim]{escape(', '.join(item.fields))}[/dim]" if item.fields else ""
+            table.add_row(escape(item.name), escape(item.summary) + (fields if wanted else ""))
+        if table.row_count:
+            _show(f"\n[bold]{one}[/bold]", table)
+    if wanted is None:
+        typer.echo("\nFields of each: onmanifold list KIND, such as: onmanifold list attack")
+    else:
+        typer.echo("\n* has no default")
+
+
+def _demo_file() -> Path:
+    return Path(__file__).parent / "experiments" / "demo.yaml"
+
+
+def _run(
+    file: Path,
+    overrides: list[str] | None,
+    out: Path | None,
+    store: Path | None,
+    device: Device,
+    precision: Precision | None,
+    threads: int | None,
+    jobs: int | None,
+    debug: bool,
+) -> None:
+    import torch
+
+    from onmanifold.experiments.runner import run as run_experiment
+
+    _use_threads(threads)
+    if jobs is None:
+        alone = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        jobs = 1 if alone or (os.cpu_count() or 1) < 2 else 2
+    results = run_experiment(
+        _experiment(file, overrides, precision),
+        out,
+        store=store,
+        device=device,
+        jobs=jobs,
+        say=_say,
+        bars=sys.stderr.isatty(),
+        command=_called(),
+        debug=debug,
+    )
+    _present(results)
+
+
+def _experiment(
+    file: Path | None, overrides: list[str] | None, precision: Precision | None
+) -> Experiment:
+    from onmanifold.experiments.spec import load_experiment
+
+    settings = list(overrides or [])
+    if precision is not None:
+        training = "bf16-mixed" if precision == "bf16" else "32-true"
+        settings += [f"training.precision={training}", f"training.attack_precision='{precision}'"]
+        settings += [f"evaluation.precision='{precision}'"]
+    return load_experiment(_demo_file() if file is None else file, settings)
+
+
+def _setup(file: Path | None, overrides: list[str] | None, precision: Precision | None) -> Setup:
+    from onmanifold.experiments.setup import prepare
+
+    return prepare(_experiment(file, overrides, precision))
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _width() -> int:
+    from rich.console import Console
+
+    return Console().width
+
+
+def _show(*items: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for item in items:
+        console.print(item)
+
+
+def _present(results: Results) -> None:
+    """Table, claims and where the files are; exit code 1 where a run failed."""
+    from rich.markup import escape
+
+    from onmanifold.reports.html import format_signed
+
+    _show("", results.table.to_rich(_width()))
+    colours = {"holds": "green", "does not hold": "red"}
+    for judgement in results.judgements:
+        colour = colours.get(judgement.verdict, "yellow")
+        _show(
+            f"\n[bold]{escape(judgement.claim.text)}[/bold]: [bold {colour}]{judgement.verdict}[/bold {colour}]"
+        )
+        for finding in judgement.findings:
+            numbers = "not measured"
+            if finding.verdict != "not measured":
+                low, high = format_signed(finding.low), format_signed(finding.high)
+                numbers = f"{finding.lhs:.1f} against {finding.rhs:.1f}, excess {format_signed(finding.excess)}"
+                numbers += f" \\[{low}, {high}]: {finding.verdict}"
+            _show(f"  {escape(finding.statement)}: [dim]{numbers}[/dim]")
+    _show(f"\nPage: {results.out / 'report.html'}", f"Table: {results.out / 'table.csv'}")
+    for failure in results.failures:
+        _complain(f"error: {failure.method}, seed {failure.seed}: {failure.error}")
+    if results.failures:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

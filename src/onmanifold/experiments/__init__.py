@@ -1,0 +1,1 @@
+"""Experiments: from one YAML file to trained classifiers, their evaluation and a report."""

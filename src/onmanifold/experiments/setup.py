@@ -1,0 +1,189 @@
+"""From a checked specification to objects: data, manifold, threat models, methods, attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onmanifold.attacks import Attack
+from onmanifold.classifiers import build_classifier
+from onmanifold.classifiers.layers import Classifier
+from onmanifold.data import Dataset, load_dataset
+from onmanifold.data.fonts import embedded_folder
+from onmanifold.experiments.spec import DatasetSpec, Experiment
+from onmanifold.foundation.errors import ConfigError, InputError
+from onmanifold.foundation.registry import (
+    ATTACKS,
+    DATASETS,
+    MANIFOLDS,
+    METHODS,
+    THREATS,
+    Context,
+    Registry,
+    build_component,
+    describe,
+)
+from onmanifold.manifolds.base import Manifold
+from onmanifold.training import Method, TrainingConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+# What decides how a training is run, but not what comes out.
+_WITHOUT_EFFECT = ("threads", "checkpoint_epochs", "checkpoint_minutes", "loss_limit")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The objects of an experiment.
+
+    Attributes:
+        experiment: The specification.
+        train: Training images.
+        test: Test images.
+        manifold: The manifold that latent threat models refer to, or None.
+        methods: By the names that the table shows.
+        attacks: By the names that the table shows.
+        training: How trainings are run.
+    """
+
+    experiment: Experiment
+    train: Dataset
+    test: Dataset
+    manifold: Manifold | None
+    methods: Mapping[str, Method]
+    attacks: Mapping[str, Attack]
+    training: TrainingConfig
+
+    def classifier(self, seed: int) -> Classifier:
+        """A fresh network for this data, its weights drawn by the seed."""
+        options = {"num_classes": self.train.num_classes, "image_shape": self.train.image_shape}
+        return build_classifier(options | self.experiment.classifier, seed=seed)
+
+    def training_key(self, method: str, seed: int) -> dict[str, Any]:
+        """All that determines a trained classifier."""
+        training = describe(self.training)
+        return {
+            "method": describe(self.methods[method]),
+            "seed": seed,
+            "dataset": self.train.fingerprint,
+            "classifier": self.classifier(seed).spec,
+            "training": {
+                key: value for key, value in training.items() if key not in _WITHOUT_EFFECT
+            },
+        }
+
+    def evaluation_key(self, training_key: Mapping[str, Any]) -> dict[str, Any]:
+        """All that determines the ledger of a trained classifier."""
+        return {
+            "training": dict(training_key),
+            "dataset": self.test.fingerprint,
+            "attacks": describe(self.attacks),
+            "evaluation": describe(self.experiment.evaluation),
+        }
+
+
+def prepare(experiment: Experiment) -> Setup:
+    """Load the data and build all components.
+
+    Raises:
+        ConfigError: A component's specification is wrong; the message begins with its place in the file.
+        DataError: The data is missing or damaged.
+    """
+    DATASETS.get(experiment.dataset.type)
+    manifold = _manifold(experiment)
+    defaults: dict[str, object] = {} if manifold is None else {"manifold": manifold}
+    threats = _build_all(THREATS, "threats", experiment.threats, Context({}, defaults))
+    context = Context({"threat": threats}, defaults)
+    attacks = _build_all(ATTACKS, "attacks", experiment.attacks, context)
+    context = Context({"threat": threats, "attack": attacks}, defaults)
+    methods = _build_all(METHODS, "methods", experiment.methods, context)
+    training = build_component(TrainingConfig, experiment.training, context, "training")
+    precision = experiment.evaluation.precision
+    if precision is not None:
+        attacks = {
+            name: replace(attack, engine=replace(attack.engine, precision=precision))
+            for name, attack in attacks.items()
+        }
+    train, test = (_load(experiment.dataset, split) for split in ("train", "test"))
+    if (train.image_shape, train.classes) != (test.image_shape, test.classes):
+        raise ConfigError("dataset: training and test images differ in shape or classes.")
+    setup = Setup(experiment, train, test, manifold, methods, attacks, training)
+    try:
+        setup.classifier(experiment.seeds[0])
+    except ConfigError as error:
+        raise ConfigError(f"classifier: {error}") from error
+    return setup
+
+
+def fabric_for(setup: Setup, device: str) -> Fabric:
+    """One process on a device, in the precision of the training.
+
+    Args:
+        setup: The experiment's objects.
+        device: "cpu", "cuda", or "auto": a GPU where there is one.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: torch finds no CUDA device here.")
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(accelerator=device, devices=1, precision=setup.training.precision)
+    fabric.launch()
+    return fabric
+
+
+def _build_all(
+    registry: Registry[Any], place: str, specifications: Mapping[str, object], context: Context
+) -> dict[str, Any]:
+    built = {}
+    for name, specification in specifications.items():
+        try:
+            built[name] = registry.build(specification, context)
+        except ConfigError as error:
+            raise ConfigError(f"{place}.{name}: {error}") from error
+    return built
+
+
+def _manifold(experiment: Experiment) -> Manifold | None:
+    if experiment.manifold is not None:
+        try:
+            manifold = MANIFOLDS.build(experiment.manifold)
+        except ConfigError as error:
+            raise ConfigError(f"manifold: {error}") from error
+        if not isinstance(manifold, Manifold):
+            raise ConfigError(f"manifold: expected a manifold, found {experiment.manifold!r}.")
+        return manifold
+    if experiment.dataset.type != "fonts":
+        return None
+    from onmanifold.manifolds.fonts import fonts_manifold
+
+    options = _options(experiment.dataset)
+    chosen: dict[str, Any] = {key: options[key] for key in ("folder", "variant") if key in options}
+    return build_component(fonts_manifold, chosen, Context(), "dataset 'fonts'")
+
+
+def _options(spec: DatasetSpec) -> dict[str, Any]:
+    """The dataset's own options; the fonts' folder "embedded" is that of the fonts inside matplotlib."""
+    options = dict(spec.options)
+    if spec.type == "fonts" and options.get("folder") == "embedded":
+        options["folder"] = str(embedded_folder())
+    return options
+
+
+def _load(spec: DatasetSpec, split: str) -> Dataset:
+    size = spec.train if split == "train" else spec.test
+    if spec.type == "fonts":
+        sized = {} if size is None else {"size": size}
+        return load_dataset(spec.type, split, **sized, **_options(spec))
+    dataset = load_dataset(spec.type, split, **_options(spec))
+    if size is not None and size > len(dataset):
+        raise ConfigError(
+            f"dataset.{split}: {spec.type} has {len(dataset)} images, {size} are asked for."
+        )
+    return dataset if size is None else dataset.take(size)

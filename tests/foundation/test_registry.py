@@ -71,7 +71,7 @@ def test_a_function_is_built_with_checked_arguments():
     assert SHAPES.build({"type": "made", "size": 4, "colour": "blue"}) == Disc(4, "blue")
     with pytest.raises(ConfigError, match=r"made.*'size' is missing"):
         SHAPES.build("made")
-    with pytest.raises(ConfigError, match="made.*size.*'big'"):
+    with pytest.raises(ConfigError, match=r"made.*size.*'big'"):
         SHAPES.build({"type": "made", "size": "big"})
 
 

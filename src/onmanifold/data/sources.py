@@ -86,13 +86,7 @@ def load_dataset(name: str, split: str = "test", **options: Any) -> Dataset:
         raise ConfigError(f"split: expected 'train' or 'test', found {split!r}.")
     maker = DATASETS.get(name)
     values = {"split": split, **options}
-    try:
-        return cast(Dataset, build_component(maker, values, Context(), f"dataset {name!r}"))
-    except ConfigError as error:
-        # A wrong option is the specification's fault, a missing or broken file is not.
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
+    return cast(Dataset, build_component(maker, values, Context(), f"dataset {name!r}"))
 
 
 def _register(name: str, source: Source) -> Callable[[Split], Dataset]:

@@ -13,7 +13,7 @@ import torch
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
-from onmanifold.foundation.errors import ConfigError, OnManifoldError
+from onmanifold.foundation.errors import ConfigError, DataError, OnManifoldError
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Callable[..., Any])
@@ -156,6 +156,9 @@ def build_component(
         return target(**checked)
     except ValidationError as error:
         raise ConfigError(f"{label}: {_explain(error)}") from None
+    except DataError:
+        # A missing or broken file is not the specification's fault.
+        raise
     except OnManifoldError as error:
         raise ConfigError(f"{label}: {error}") from error
 

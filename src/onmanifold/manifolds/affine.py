@@ -44,11 +44,13 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
 
 def _warp(images: Tensor, matrix: Tensor) -> Tensor:
     height, width = images.shape[-2:]
-    x = torch.linspace(-1, 1, width, dtype=matrix.dtype, device=matrix.device).view(1, 1, -1, 1)
-    y = torch.linspace(-1, 1, height, dtype=matrix.dtype, device=matrix.device).view(1, -1, 1, 1)
-    along_x, along_y, shift = matrix.view(-1, 1, 1, 2, 3).unbind(-1)
-    # Elementwise, where `affine_grid` takes a batched product whose rounding depends on the batch.
-    grid = x * along_x + (y * along_y + shift)
-    return functional.grid_sample(
-        images, grid.to(images.dtype), padding_mode="zeros", align_corners=True
-    )
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    x = torch.linspace(-1, 1, width, dtype=matrix.dtype, device=matrix.device).view(1, -1, 1)
+    y = torch.linspace(-1, 1, height, dtype=matrix.dtype, device=matrix.device).view(1, -1, 1)
+    along_x, along_y, shift = matrix.view(-1, 1, 2, 3).unbind(-1)
+    # Elementwise, where `affine_grid` takes a batched product whose rounding depends on the batch; and as
+    # complex numbers, since sums along an axis of two are slow.
+    columns = torch.view_as_complex(x * along_x).unsqueeze(1)
+    rows = torch.view_as_complex(y * along_y + shift).unsqueeze(2)
+    grid = torch.view_as_real(rows + columns).to(images.dtype)
+    return functional.grid_sample(images, grid, padding_mode="zeros", align_corners=True)

@@ -1,0 +1,79 @@
+"""The public names, frozen: whoever adds or removes one changes this list too."""
+
+import subprocess
+import sys
+
+import pytest
+
+import onmanifold as om
+
+NAMES = [
+    "AdversarialTraining",
+    "Attack",
+    "AttackResult",
+    "Augmentation",
+    "Classifier",
+    "CrossEntropy",
+    "DMAT",
+    "Dataset",
+    "Engine",
+    "Evaluation",
+    "FGSM",
+    "FontsManifold",
+    "ImageBall",
+    "JointBall",
+    "KullbackLeibler",
+    "LatentBall",
+    "MIA",
+    "Manifold",
+    "Margin",
+    "Method",
+    "Normal",
+    "Normalize",
+    "OnManifoldError",
+    "PGD",
+    "ProjectedAdam",
+    "RandomPerturbation",
+    "RandomPerturbationTraining",
+    "TargetedCrossEntropy",
+    "TargetedMargin",
+    "Threat",
+    "TrainingConfig",
+    "TrainingResult",
+    "TransformationBall",
+    "build_classifier",
+    "evaluate",
+    "fonts_manifold",
+    "load_classifier",
+    "load_dataset",
+    "project",
+    "save_classifier",
+    "train",
+]
+
+
+def test_the_list_is_frozen():
+    assert sorted(om.__all__) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_there_and_documented(name):
+    found = getattr(om, name)
+    assert callable(found)
+    assert found.__doc__
+    assert found.__name__ == name
+    assert name in dir(om)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="Pgd"):
+        om.Pgd  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, onmanifold; dir(onmanifold); "
+        "print(*{'torch', 'numpy', 'pandas', 'matplotlib', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

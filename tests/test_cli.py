@@ -326,3 +326,16 @@ def test_train_only_then_run_repeats_no_training(experiment, tmp_path):
     assert "Normal, seed 0: trained before" in result.stderr
     assert "AT, seed 0: trained in" in result.stderr
     assert "Did you mean 'Normal'" in fails("train", experiment, "--method", "Norml", "--out", out)
+
+
+def test_fonts_names_each_font_left_out_and_why(tmp_path):
+    from onmanifold.data.fonts import embedded_folder
+
+    good = embedded_folder() / "DejaVuSans.ttf"
+    (tmp_path / "good.ttf").write_bytes(good.read_bytes())
+    (tmp_path / "cut.ttf").write_bytes(good.read_bytes()[:1000])
+    result = call("fonts", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "cut.ttf: unreadable" in result.stdout
+    assert "1 fonts; left out: 1 unreadable" in result.stdout
+    assert "missing" in fails("fonts", tmp_path / "missing")

@@ -299,6 +299,24 @@ def report(
     _present(report_only(folder, store))
 
 
+@app.command()
+@_explained
+def fonts(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Of .ttf and .otf files; default: where FONTS is drawn from."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Say which fonts of a folder serve for FONTS, and why the others are left out."""
+    from onmanifold.data.fonts import load_fonts
+
+    found = load_fonts(folder)
+    for font in found.rejected:
+        print(font)
+    print(found.summary())
+
+
 @app.command(name="list")
 @_explained
 def list_components(

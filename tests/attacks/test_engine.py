@@ -159,6 +159,16 @@ def test_a_sample_leaves_at_its_first_success():
     assert model.sizes[-7:] == [4, 3, 2, 2, 1, 1, 4]
 
 
+def test_a_fooled_sample_that_has_not_left_yet_stands_still():
+    # One of a hundred is too few to make the batch smaller; its first success must stay all the same.
+    attack = PGD(ImageBall("linf", 0.35), 5, 0.1, start="zero")
+    images = grey(0.55, *[0.1] * 99)
+    result = attack(brightness(), images, torch.zeros(100, dtype=torch.int64))
+    assert result.success.tolist() == [True] + [False] * 99
+    assert result.forwards[:2].tolist() == [2, 6]
+    torch.testing.assert_close(result.images[:2], grey(0.65, 0.45), rtol=0, atol=1e-12)
+
+
 def test_a_first_success_at_the_last_point():
     attack = PGD(ImageBall("linf", 0.5), 2, 0.1, start="zero")
     result = attack(brightness(), grey(0.45, 0.35), torch.zeros(2, dtype=torch.int64))

@@ -7,6 +7,7 @@ from torch import nn
 from onmanifold.attacks import FGSM, MIA, PGD, ProjectedAdam, RandomPerturbation
 from onmanifold.foundation.errors import ConfigError, InputError, OnManifoldError
 from onmanifold.foundation.registry import ATTACKS, OBJECTIVES, THREATS, Context
+from onmanifold.objectives import KullbackLeibler
 from onmanifold.threats import ImageBall, JointBall, LatentBall, TransformationBall
 
 ATTACK = PGD(ImageBall("linf", 0.1), steps=2)
@@ -245,3 +246,10 @@ def test_experiment_files_name_the_nearest_valid_key(registry, spec, message):
     context = Context(named={"threat": {"image": ImageBall()}})
     with pytest.raises(ConfigError, match=message):
         registry.build(spec, context)
+
+
+def test_divergence_to_the_clean_prediction_needs_another_start():
+    # There its gradient is zero: the sign of rounding errors would make the step.
+    with pytest.raises(InputError, match=r"start: .* expected 'uniform' or 'distance'"):
+        FGSM(ImageBall(), objective=KullbackLeibler())
+    assert FGSM(ImageBall(), objective=KullbackLeibler(), start="uniform").start == "uniform"

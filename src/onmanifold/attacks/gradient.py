@@ -14,7 +14,7 @@ from onmanifold.attacks.engine import FrozenNetwork
 from onmanifold.attacks.updates import Adam, Momentum, Steepest, StepSizes, Update
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
-from onmanifold.objectives import BoundObjective, CrossEntropy, Objective
+from onmanifold.objectives import BoundObjective, CrossEntropy, KullbackLeibler, Objective
 from onmanifold.threats.base import Region, Variables
 from onmanifold.threats.geometry import Start
 
@@ -51,6 +51,11 @@ class GradientAttack(Attack, ABC):
             )
         if self.restarts < 1:
             raise InputError(f"restarts: expected at least 1, found {self.restarts}.")
+        if isinstance(self.objective, KullbackLeibler) and self.start == "zero":
+            raise InputError(
+                "start: the divergence to the clean prediction has no gradient at the clean image; "
+                "expected 'uniform' or 'distance', found 'zero'."
+            )
         if self.start not in ("zero", "uniform", "distance"):
             raise InputError(
                 f"start: expected 'zero', 'uniform' or 'distance', found {self.start!r}."

@@ -54,6 +54,8 @@ def candidates(
     theirs = torchattacks.PGD(model, eps=radius, alpha=step, steps=STEPS, random_start=True)
     box = foolbox.PyTorchModel(model, bounds=(0, 1))
     fool = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=STEPS, random_start=True)
+    compiled = om.Engine(precision="bf16", compile=True)
+    fused = om.PGD(ball, steps=STEPS, step_size=step, early_stop=False, engine=compiled)
     calls: dict[str, Callable[[], object]] = {
         "floor": floor(model, images, labels),
         "onmanifold": lambda: ours(model, images, labels),
@@ -61,42 +63,51 @@ def candidates(
         "torchattacks": lambda: theirs(images, labels),
         "foolbox": lambda: fool(box, images, labels, epsilons=radius),
     }
+    if images.is_cuda:
+        calls["onmanifold bf16, compiled"] = lambda: fused(model, images, labels)
     if early:
         calls["onmanifold, fooled dropped"] = lambda: dropping(model, images, labels)
     return calls
+
+
+def trained_looking(
+    name: str, shape: tuple[int, int, int], batch: int, device: str
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with batch-norm statistics of its own, images, and the labels it gives them."""
+    model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0).to(device).train()
+    images = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        for _ in range(3):
+            model(images)
+        return model.eval(), images, model(images).argmax(1)
 
 
 def main() -> None:
     """Print a table of ratios for each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["resnet18", "conv_net"])
+    parser.add_argument("--only", choices=["conv_net", "resnet18", "wide_resnet"])
+    parser.add_argument("--batch", type=int, help="images per batch, in place of each model's own")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     settings = {
         "conv_net": ((1, 28, 28), 256, 0.1),
         "resnet18": ((3, 32, 32), 64, 8 / 255),
+        "wide_resnet": ((3, 32, 32), 256, 8 / 255),
     }
-    for name, (shape, batch, radius) in settings.items():
-        if arguments.only not in (None, name):
-            continue
-        model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0)
-        model.train()
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(batch, *shape, generator=generator)
-        with torch.no_grad():
-            for _ in range(3):
-                model(images)
-        model.eval()
-        labels = model(images).argmax(1)
+    chosen = [arguments.only] if arguments.only else ["conv_net", "resnet18"]
+    for name in chosen:
+        shape, batch, radius = settings[name]
+        batch = arguments.batch or batch
+        model, images, labels = trained_looking(name, shape, batch, arguments.device)
         calls = candidates(model, images, labels, radius, early=name == "conv_net")
         seconds = interleave(calls, rounds=arguments.rounds)
         print(f"\nPGD-{STEPS}, {name}, batch {batch}, {torch.get_num_threads()} threads")
         print(f"{'':28}{'× floor':>10}{'× onmanifold':>14}")
         for call in calls:
-            print(
-                f"{call:28}{ratio(seconds, call, 'floor'):10.3f}{ratio(seconds, call, 'onmanifold'):14.3f}"
-            )
+            floors, ours = ratio(seconds, call, "floor"), ratio(seconds, call, "onmanifold")
+            print(f"{call:28}{floors:10.3f}{ours:14.3f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
 
 def interleave(
     candidates: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1
@@ -14,11 +16,19 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
         for name, call in candidates.items():
-            begin = time.perf_counter()
+            begin = _now()
             call()
+            elapsed = _now() - begin
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(elapsed)
     return seconds
+
+
+def _now() -> float:
+    """The clock, once a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, over: str) -> float:

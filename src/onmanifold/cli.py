@@ -215,7 +215,7 @@ def evaluate(
     """Attack a saved classifier with all attacks of an experiment, on its test images."""
     from onmanifold.evaluation import evaluate as evaluate_model
     from onmanifold.experiments.checkpoints import load_for, table_of
-    from onmanifold.experiments.setup import fabric_for
+    from onmanifold.training.run import one_process
 
     _use_threads(threads)
     setup = _setup(experiment, overrides, precision)
@@ -226,7 +226,7 @@ def evaluate(
         batch_size=setup.experiment.evaluation.batch_size,
         seed=setup.experiment.evaluation.seed,
         directory=out,
-        fabric=fabric_for(setup, device),
+        fabric=one_process(setup.training.precision, device),
         progress=sys.stderr.isatty(),
     )
     _show(table_of(setup, checkpoint.stem, measured).to_rich(_width()))
@@ -255,11 +255,13 @@ def attack(
 ) -> None:
     """Attack a saved classifier on a few test images; keeps the images and shows them."""
     from onmanifold.experiments.checkpoints import attack_images
-    from onmanifold.experiments.setup import fabric_for
+    from onmanifold.training.run import one_process
 
     _use_threads(threads)
     setup = _setup(experiment, overrides, precision)
-    for line in attack_images(setup, checkpoint, name, count, out, fabric_for(setup, device)):
+    for line in attack_images(
+        setup, checkpoint, name, count, out, one_process(setup.training.precision, device)
+    ):
         typer.echo(line)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, probe, untouched
+from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, full_float32, probe, untouched
 from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import InputError, OnManifoldError
 from onmanifold.foundation.registry import ATTACKS, Component
@@ -158,7 +158,7 @@ class Attack(Component, ABC):
                 rendered = region.render(found.variables)
             _check_bounds(region, found.variables, rendered)
             adversarial = rendered.clamp(0, 1).to(images.dtype).contiguous()
-        with untouched(model, seed), torch.no_grad():
+        with untouched(model, seed), torch.no_grad(), full_float32():
             logits = model(adversarial)
         return AttackResult(
             images=adversarial,

@@ -7,7 +7,7 @@ compiled. The model itself is found again exactly as it was, also after an inter
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from onmanifold.foundation.registry import Component
 Precision = Literal["32", "bf16"]
 
 _PROBES = 4
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ class FrozenNetwork:
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 as written: GPUs round it to TF32 in convolutions unless they are told not to."""
+    convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolution
+        torch.backends.cuda.matmul.allow_tf32 = product
+
+
+@contextmanager
 def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Run with every submodule in eval mode and parameters frozen; then put all back as it was.
 
@@ -111,9 +125,12 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
                 # A forward pass may have put new tensors in place of its buffers.
                 module._buffers.update(own)
             with torch.no_grad():
-                for buffer, before in buffers:
-                    # Values are compared: batch norm updates its statistics without a trace in _version.
-                    if not torch.equal(buffer, before):
+                # Values are compared: batch norm updates its statistics without a trace in _version.
+                changed = [(buffer != before).any() for buffer, before in buffers]
+                if changed and bool(
+                    torch.stack([flag.to(changed[0].device) for flag in changed]).any()
+                ):
+                    for buffer, before in buffers:
                         buffer.copy_(before)
 
 
@@ -147,22 +164,21 @@ def frozen(
     """
     core = unwrapped(model)
     with untouched(model, seed), own_threads(engine.threads or suitable_threads(core, images)):
-        copied = _folded(core, images, check) if engine.fold else None
-        if copied is None:
+        template = _folded(core, images, check) if engine.fold else None
+        if template is None:
             probe(model, images[:1])
-            full: FrozenNetwork = FrozenNetwork(model, folded=False)
+            full = FrozenNetwork(model, folded=False)
         else:
-            full = FrozenNetwork(_compiled(copied) if engine.compile else copied, folded=True)
+            full = FrozenNetwork(template.network(compiled=engine.compile), folded=True)
+        half = None
+        if engine.precision == "bf16" and template is not None:
+            half = template.half(images[:1], compiled=engine.compile)
         # Again: what was tried out above, at the first attack only, may have drawn random numbers.
         _seed_generators(seed, _cuda_devices(model))
         if engine.precision == "32" or images.dtype == torch.float64:
             yield full
             return
-        low: Callable[[Tensor], Tensor] = model
-        if copied is not None:
-            half = _half(copied)
-            low = _compiled(half) if engine.compile else half
-        network = FrozenNetwork(low, folded=copied is not None, low_precision=True)
+        network = FrozenNetwork(half or model, folded=half is not None, low_precision=True)
         network.exact = full
         yield network
 
@@ -176,6 +192,8 @@ def probe(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     try:
         with torch.no_grad():
             logits = model(images)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         shape, place = tuple(images.shape[1:]), f"{images.dtype} on {images.device}"
         raise InputError(
@@ -201,30 +219,20 @@ def unwrapped(model: nn.Module, *, compiled: bool = True) -> nn.Module:
     return unwrapped(inner, compiled=compiled) if isinstance(inner, nn.Module) else model
 
 
-def _folded(model: nn.Module, images: Tensor, check: bool) -> nn.Module | None:
+def _folded(model: nn.Module, images: Tensor, check: bool) -> folding.Template | None:
     """The refreshed private copy, or None where there is none or it does not agree with the model."""
     template, fresh = folding.template_of(model)
     if template is None:
         return None
     graph = template.refresh(model)
     if not (check or fresh):
-        return graph
+        return template
     few = images[:_PROBES]
-    expected = probe(model, few)
-    with torch.no_grad():
-        found = graph(few)
+    with torch.no_grad(), full_float32():
+        expected, found = probe(model, few), graph(few)
     scale = expected.abs().amax().clamp(min=1.0)
     if bool((found - expected).abs().amax() <= 1e-4 * scale) or not bool(expected.isfinite().all()):
-        return graph
+        return template
+    logger.info("%s is attacked unfolded: its copy does not agree with it", type(model).__name__)
     folding.forget(model)
     return None
-
-
-def _half(graph: nn.Module) -> nn.Module:
-    """The copy in bfloat16, sharing nothing with it."""
-    return copy.deepcopy(graph).to(torch.bfloat16)
-
-
-def _compiled(graph: nn.Module) -> Callable[[Tensor], Tensor]:
-    compiled: Callable[[Tensor], Tensor] = torch.compile(graph, dynamic=True)
-    return compiled

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,10 +37,53 @@ class Template:
     Attributes:
         graph: The traced copy, its parameters to be refreshed.
         pairs: Name of a layer and of the batch norm folded into it.
+        low: The copy in bfloat16; None: not made yet, or the model does not run in it.
+        low_fails: Whether the model does not run in bfloat16, because it casts inside.
+        compiled: The copies compiled, made once: compiling again at each attack would cost more than it saves.
     """
 
     graph: fx.GraphModule
     pairs: dict[str, str]
+    low: fx.GraphModule | None = None
+    low_fails: bool = False
+    compiled: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def network(self, compiled: bool) -> Callable[[Tensor], Tensor]:
+        """The copy, as it was refreshed last."""
+        return self._compiled("full", self.graph) if compiled else self.graph
+
+    def half(self, image: Tensor, compiled: bool) -> Callable[[Tensor], Tensor] | None:
+        """The copy in bfloat16, weights as refreshed last; None where the model does not run in it.
+
+        Args:
+            image: (1, C, H, W), tried out when the copy is made.
+            compiled: Whether to compile it.
+        """
+        if self.low_fails:
+            return None
+        if self.low is None:
+            low = copy.deepcopy(self.graph).to(torch.bfloat16)
+            try:
+                with torch.no_grad():
+                    low(image.to(torch.bfloat16))
+            except RuntimeError as error:
+                logger.info("bfloat16 runs by autocast: %s", error)
+                self.low_fails = True
+                return None
+            self.low = low
+        else:
+            with torch.no_grad():
+                pairs = zip(
+                    self.low.state_dict().items(), self.graph.state_dict().items(), strict=True
+                )
+                for (_, ours), (_, source) in pairs:
+                    ours.copy_(source)
+        return self._compiled("low", self.low) if compiled else self.low
+
+    def _compiled(self, name: str, graph: fx.GraphModule) -> Callable[[Tensor], Tensor]:
+        if name not in self.compiled:
+            self.compiled[name] = torch.compile(graph, dynamic=True)
+        return self.compiled[name]
 
     def refresh(self, model: nn.Module) -> fx.GraphModule:
         """Copy the model's present weights into the graph, folded, frozen and channels_last."""

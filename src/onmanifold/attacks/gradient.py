@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onmanifold.attacks.base import Attack, Found, Search
-from onmanifold.attacks.engine import FrozenNetwork
+from onmanifold.attacks.engine import FrozenNetwork, full_float32
 from onmanifold.attacks.updates import Adam, Momentum, Steepest, StepSizes, Update
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
@@ -209,7 +209,7 @@ def _fooled(walk: _Walk, best: _Best, variables: Variables, logits: Tensor) -> T
     if network.exact is network or not bool(fooled.any()):
         return fooled
     claimed = walk.keep(fooled)
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():
         images = claimed.region.render({name: tensor[fooled] for name, tensor in variables.items()})
         confirmed = claimed.objective.fooled(network.exact(images))
     best.found.forwards.index_add_(

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from onmanifold.attacks.engine import probe, untouched, unwrapped
+from onmanifold.attacks.engine import full_float32, probe, untouched, unwrapped
 from onmanifold.evaluation.ledger import STANDARD, Evaluation
 from onmanifold.evaluation.shards import LEDGER, Shards, model_digest
 from onmanifold.foundation.checks import check_images
@@ -69,7 +69,7 @@ def _right(
         expected = evaluation.samples[start : start + facts["batch_size"]]
         if not np.array_equal(samples.numpy(), expected):
             raise DataError(f"{shards.folder}: the images of batch {batch} are of other samples.")
-        with untouched(network, facts["seed"]):
+        with untouched(network, facts["seed"]), full_float32():
             logits = probe(network, check_images(images, f"saved images of {name!r}").to(device))
         labels = torch.from_numpy(evaluation.labels[start : start + len(samples)].copy())
         parts.append((logits.argmax(1).cpu() == labels).numpy())

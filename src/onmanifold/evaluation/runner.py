@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from onmanifold.attacks.base import Attack, AttackResult
-from onmanifold.attacks.engine import probe, untouched, unwrapped
+from onmanifold.attacks.engine import full_float32, probe, untouched, unwrapped
 from onmanifold.evaluation.ledger import (
     SIZE,
     STANDARD,
@@ -176,7 +176,7 @@ class _Work:
 
     def _clean(self, batch: Batch) -> pa.Table:
         images = check_images(batch.images, "dataset.images")
-        with untouched(self.network, self.seed):
+        with untouched(self.network, self.seed), full_float32():
             logits = probe(self.network, images)
         check_labels(batch.labels, len(images), logits.shape[1], "dataset.labels")
         if not bool(logits.isfinite().all()):

@@ -16,7 +16,7 @@ import yaml
 from onmanifold.classifiers import load_classifier
 from onmanifold.evaluation import Evaluation, evaluate
 from onmanifold.experiments.helper import helpers
-from onmanifold.experiments.setup import Setup, fabric_for, prepare
+from onmanifold.experiments.setup import Setup, prepare
 from onmanifold.experiments.spec import Experiment, load_experiment
 from onmanifold.experiments.store import Store
 from onmanifold.experiments.summary import Results, Trained, summarise
@@ -25,6 +25,7 @@ from onmanifold.foundation.files import write_atomically
 from onmanifold.foundation.registry import nearest
 from onmanifold.reports.html import format_seconds
 from onmanifold.training import train
+from onmanifold.training.run import one_process
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -153,7 +154,7 @@ def work_from_behind(out: Path, store: Path, device: str) -> None:
     """Work on the runs of the experiment in a folder of results, the last ones first, without a report."""
     experiment = load_experiment(out / "experiment.yaml")
     setup = prepare(experiment)
-    session = Session(setup, out, Store(store), fabric_for(setup, device))
+    session = Session(setup, out, Store(store), one_process(setup.training.precision, device))
     _work_through(session, session.jobs()[::-1], _train_and_evaluate)
 
 
@@ -208,7 +209,9 @@ def open_session(
     text = yaml.safe_dump(experiment.content, sort_keys=False, allow_unicode=True, width=100)
     write_atomically(out / "experiment.yaml", text.encode())
     runs = Store(out / "store" if store is None else store)
-    return Session(setup, out, runs, fabric_for(setup, device), say, bars, command, debug)
+    return Session(
+        setup, out, runs, one_process(setup.training.precision, device), say, bars, command, debug
+    )
 
 
 def _work_through(session: Session, jobs: list[Trained], work: Work) -> None:

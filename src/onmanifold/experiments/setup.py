@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from onmanifold.attacks import Attack
 from onmanifold.classifiers import build_classifier
 from onmanifold.classifiers.layers import Classifier
 from onmanifold.data import Dataset, load_dataset
 from onmanifold.data.fonts import embedded_folder
 from onmanifold.experiments.spec import DatasetSpec, Experiment
-from onmanifold.foundation.errors import ConfigError, InputError
+from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import (
     ATTACKS,
     DATASETS,
@@ -30,7 +28,7 @@ from onmanifold.manifolds.base import Manifold
 from onmanifold.training import Method, TrainingConfig
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    pass
 
 # What decides how a training is run, but not what comes out.
 _WITHOUT_EFFECT = ("threads", "checkpoint_epochs", "checkpoint_minutes", "loss_limit")
@@ -117,25 +115,6 @@ def prepare(experiment: Experiment) -> Setup:
     except ConfigError as error:
         raise ConfigError(f"classifier: {error}") from error
     return setup
-
-
-def fabric_for(setup: Setup, device: str) -> Fabric:
-    """One process on a device, in the precision of the training.
-
-    Args:
-        setup: The experiment's objects.
-        device: "cpu", "cuda", or "auto": a GPU where there is one.
-
-    Raises:
-        InputError: There is no such device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda: torch finds no CUDA device here.")
-    from lightning_fabric import Fabric
-
-    fabric = Fabric(accelerator=device, devices=1, precision=setup.training.precision)
-    fabric.launch()
-    return fabric
 
 
 def _build_all(

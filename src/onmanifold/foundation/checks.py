@@ -24,6 +24,11 @@ def check_images(images: Tensor, name: str = "images") -> Tensor:
     if not images.is_floating_point():
         hint = " Divide by 255 first." if images.dtype == torch.uint8 else ""
         raise InputError(f"{name}: expected a floating-point dtype, found {images.dtype}.{hint}")
+    if images.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"{name}: expected float32 or float64, found {images.dtype}. For speed in bfloat16 keep model and "
+            "images in float32 and choose the precision of the attack."
+        )
     if images.ndim != 4:
         raise InputError(f"{name}: expected shape (B, C, H, W), found {tuple(images.shape)}.")
     if images.numel() == 0:

@@ -140,6 +140,7 @@ class FontsManifold(Manifold):
 
     def chart(self, codes: Tensor) -> FontsChart:
         self.check_codes(codes, len(codes))
+        self.to(codes.device)
         fixed = codes[:, self.latent_size :].detach()
         numbers = fixed.long()
         limits = numbers.new_tensor([self.num_fonts, self.num_classes])

@@ -82,6 +82,7 @@ class LatentBall(Threat):
 
     def around(self, images: Tensor, labels: Tensor, codes: Tensor | None = None) -> Region:
         """The latent ball around each image's code; without ``codes`` the manifold encodes the images."""
+        self.manifold.to(images.device)
         codes = self.manifold.encode(images, labels) if codes is None else codes
         codes = self.manifold.check_codes(codes, len(images)).to(images)
         chart = self.manifold.chart(codes)

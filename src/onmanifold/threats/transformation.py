@@ -22,11 +22,11 @@ class TransformationRegion(Region):
         self.images = images
         self.balls = {"transformation": ball}
         self.half_ranges = half_ranges
+        self.identity = half_ranges.new_tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
 
     def render(self, variables: Variables) -> Tensor:
         """The transformed images; zero variables give the images themselves."""
-        identity = self.half_ranges.new_tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-        parameters = identity + variables["transformation"] * self.half_ranges
+        parameters = self.identity + variables["transformation"] * self.half_ranges
         return warp(self.images, affine_matrix(parameters))
 
     def keep(self, mask: Tensor) -> Region:

@@ -25,7 +25,11 @@ class MovingAverage:
         self._floating: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._other: list[tuple[Tensor, Tensor]] = []
         followers = self.model.state_dict(keep_vars=True)
+        seen: set[int] = set()
         for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) in seen:
+                continue  # a tied weight, which must follow once
+            seen.add(id(tensor))
             if tensor.is_floating_point():
                 self._floating[0].append(followers[name])
                 self._floating[1].append(tensor)

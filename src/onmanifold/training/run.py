@@ -102,7 +102,7 @@ def train(
     else:
         spec = {"type": classifier} if isinstance(classifier, str) else classifier
         classifier = build_classifier(spec, dataset.num_classes, dataset.image_shape, seed)
-    fabric = fabric or _own_fabric(config)
+    fabric = fabric or one_process(config.precision)
     _check_fabric(fabric, config)
     if tensorboard and directory is None:
         raise InputError("tensorboard: needs a directory.")
@@ -143,10 +143,26 @@ def train(
     )
 
 
-def _own_fabric(config: TrainingConfig) -> Fabric:
+def one_process(precision: str, device: str = "auto") -> Fabric:
+    """A Fabric of one process, launched.
+
+    Args:
+        precision: As in `TrainingConfig`.
+        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one, else the CPU. Apple's GPUs have no
+            float64, in which projections and random numbers are computed.
+
+    Raises:
+        InputError: There is no such device.
+    """
     from lightning_fabric import Fabric
 
-    return Fabric(accelerator="auto", devices=1, precision=config.precision)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: torch finds no CUDA device here.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    fabric = Fabric(accelerator=device, devices=1, precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    return fabric
 
 
 def _check_fabric(fabric: Fabric, config: TrainingConfig) -> None:

@@ -47,6 +47,10 @@ class BoundObjective:
         """Which samples are misclassified, (B,) bool."""
         return logits.argmax(1) != self.labels
 
+    def finished(self, values: Tensor, logits: Tensor) -> Tensor:
+        """Which samples are fooled, and by as much as the objective wants, (B,) bool."""
+        return self.fooled(logits) & self.objective.reached(values)
+
     def keep(self, mask: Tensor) -> BoundObjective:
         """The objective on the selected samples."""
         extra = {name: tensor[mask] for name, tensor in self.extra.items()}
@@ -61,6 +65,10 @@ class Objective(Component, ABC):
     @abstractmethod
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
         """Values (B,) of logits (B, K) for labels (B,)."""
+
+    def reached(self, values: Tensor) -> Tensor:
+        """Which values (B,) need not be raised further once the sample is fooled, (B,) bool."""
+        return torch.ones_like(values, dtype=torch.bool)
 
     def extra(self, network: Network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Per-sample tensors that `value` needs besides the labels; computed once per attack."""
@@ -116,6 +124,9 @@ class Margin(Objective):
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
         """The largest z_i over i != y, minus z_y, (B,)."""
         return _capped(_margin(logits, labels), self.confidence)
+
+    def reached(self, values: Tensor) -> Tensor:
+        return values >= (self.confidence or 0.0)
 
 
 @OBJECTIVES.register("kl")
@@ -206,6 +217,9 @@ class TargetedMargin(_Targeted):
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
         """z_t − max over i != t of z_i, (B,)."""
         return _capped(-_margin(logits, extra["targets"]), self.confidence)
+
+    def reached(self, values: Tensor) -> Tensor:
+        return values >= (self.confidence or 0.0)
 
 
 def _margin(logits: Tensor, classes: Tensor) -> Tensor:

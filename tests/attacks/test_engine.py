@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import onmanifold as om
 from onmanifold.attacks import FGSM, MIA, PGD, Engine, ProjectedAdam, RandomPerturbation
 from onmanifold.attacks.engine import frozen, untouched
 from onmanifold.foundation.errors import InputError
@@ -419,3 +420,66 @@ def test_compiling_changes_nothing_but_speed(small_net, images, monkeypatch, fol
     )
     assert bool(used) == fold
     torch.testing.assert_close(one.images, two.images, rtol=0, atol=1e-9)
+
+
+class _Bump(nn.Module):
+    """On one pixel: fooled only between 0.35 and 0.45, while the cross-entropy is largest at 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixel = images.flatten(1)[:, 0]
+        rival = torch.where((pixel > 0.35) & (pixel < 0.45), 10.0, -10.0) + 3.0 * pixel
+        # A third and fourth class raise the cross-entropy together without ever winning alone.
+        others = -1.0 + 0.9 * pixel
+        return torch.stack([0.0 * pixel, rival, others, others], dim=1)
+
+
+def test_a_success_on_the_way_is_kept_without_early_stop_too():
+    images, labels = torch.full((1, 1, 1, 1), 0.1, dtype=torch.float64), torch.tensor([0])
+    ball = om.ImageBall(norm="linf", radius=0.9)
+    settings = {"steps": 9, "step_size": 0.1, "start": "zero"}
+    stopped = om.PGD(ball, **settings)(_Bump(), images, labels)
+    whole = om.PGD(ball, early_stop=False, **settings)(_Bump(), images, labels)
+    assert stopped.success.item()
+    assert whole.success.item()
+    assert 0.35 < whole.images.item() < 0.45
+    assert whole.objective >= stopped.objective
+    assert whole.forwards.item() == 10
+
+
+def test_confidence_is_reached_before_a_sample_leaves():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 16, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False).double())
+    model[1].weight.data = weight
+    images = torch.full((8, 1, 4, 4), 0.5, dtype=torch.float64)
+    labels = model(images).argmax(1)
+    attack = om.PGD(
+        om.ImageBall(norm="linf", radius=0.4), steps=40, objective=om.Margin(confidence=1.0)
+    )
+    result = attack(model, images, labels)
+    assert result.success.all()
+    assert torch.allclose(result.objective, torch.ones_like(result.objective))
+
+
+def test_nan_gradients_do_not_pass_for_robustness():
+    class Root(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            flat = images.flatten(1)
+            none = 0.0 * (flat.sum(1, keepdim=True) * 0.0).sqrt()
+            return torch.cat([flat[:, :1] - 0.5, 0.5 - flat[:, :1]], dim=1) + none
+
+    images = torch.full((4, 1, 2, 2), 0.6)
+    labels = torch.zeros(4, dtype=torch.int64)
+    attack = om.PGD(om.ImageBall(norm="linf", radius=0.3), steps=10, restarts=5)
+    assert attack(Root(), images, labels).variables["image"].isfinite().all()
+
+
+def test_success_is_decided_in_float32_under_a_surrounding_autocast():
+    model = om.build_classifier("conv_net", image_shape=(1, 28, 28), seed=0).eval()
+    images = torch.rand(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = om.PGD(om.ImageBall(norm="linf", radius=0.02), steps=5)(model, images, labels)
+    with torch.no_grad():
+        assert torch.equal(result.predictions, model(result.images).argmax(1))

@@ -230,12 +230,28 @@ def test_a_folder_of_images(folder):
                 (folder / split / name / f"{number}.png").write_bytes(png(pixels))
     data = load_dataset("imagefolder", "test", folder=str(folder))
     assert (len(data), data.image_shape, data.classes) == (4, (3, 6, 8), ("cat", "dog"))
-    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert sorted(data.labels.tolist()) == [0, 0, 1, 1]
     assert len(load_dataset("imagefolder", "train", folder=str(folder))) == 6
     small = load_dataset("imagefolder", "test", folder=str(folder), size=(4, 4), grey=True)
     assert small.image_shape == (1, 4, 4)
     with pytest.raises(DataError, match="found none"):
         load_dataset("imagefolder", "test", folder=str(folder / "absent"))
+
+
+def test_a_folder_without_splits_is_for_testing_alone(folder):
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number, pixels in enumerate(pictures(9)):
+            (folder / name / f"{number}.png").write_bytes(png(pixels))
+    data = load_dataset("imagefolder", "test", folder=str(folder))
+    # The first images are of both classes, and a file that changes its class changes the set.
+    assert set(data.take(9).labels.tolist()) == {0, 1}
+    (folder / "cat" / "0.png").rename(folder / "dog" / "9.png")
+    moved = load_dataset("imagefolder", "test", folder=str(folder))
+    assert sorted(moved.labels.tolist()) == [0] * 8 + [1] * 10
+    assert moved.fingerprint != data.fingerprint
+    with pytest.raises(DataError, match="train"):
+        load_dataset("imagefolder", "train", folder=str(folder))
 
 
 def test_a_folder_with_one_split_does_not_serve_as_the_other(folder):

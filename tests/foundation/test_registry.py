@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
+import onmanifold as om
 from onmanifold.foundation.errors import ConfigError, InputError
 from onmanifold.foundation.registry import (
     ATTACKS,
@@ -194,3 +195,14 @@ def test_an_attack_from_an_experiment_file():
     assert math.isclose(named.threat.radius, 0.1)
     with pytest.raises(ConfigError, match=r"attack 'pgd': unknown key 'step'.*'steps'"):
         ATTACKS.build({"type": "pgd", "threat": "image", "step": 5}, context)
+
+
+def test_a_subclass_is_described_as_another_component():
+    # Results are kept under the description: what shares it shares its results.
+    class Weak(om.PGD):
+        """PGD that goes nowhere."""
+
+    ball = om.ImageBall()
+    assert describe(Weak(ball)) != describe(om.PGD(ball))
+    assert describe(om.PGD(ball))["type"] == "pgd"
+    assert "type" not in describe(om.Engine())

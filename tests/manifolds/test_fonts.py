@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+import onmanifold as om
 from onmanifold.data import load_dataset
 from onmanifold.data.fonts import embedded_folder
 from onmanifold.foundation.errors import ConfigError, DataError, InputError
@@ -192,3 +193,16 @@ def test_the_code_of_an_image_can_be_found(manifold, draw):
     assert torch.equal(found[:, 7], codes[:, 7])
     assert found[:, :6].abs().max() <= 1
     assert distances.median() < 0.5
+
+
+def test_an_attack_without_codes_searches_them():
+    manifold = fonts_manifold(embedded_folder())
+    codes = torch.zeros(2, 8)
+    codes[:, -1] = torch.tensor([0.0, 3.0])
+    images, labels = manifold.decode(codes), codes[:, -1].long()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    attack = om.PGD(om.LatentBall(manifold, radius=0.1), steps=2, early_stop=False)
+    result = attack(model, images, labels)
+    assert result.images.shape == images.shape
+    alone = manifold.encode(images[1:], labels[1:])
+    assert torch.equal(alone, manifold.encode(images, labels)[1:])

@@ -63,6 +63,7 @@ class Search:
         network: The frozen network.
         seed: Of the random starts.
         indices: (B,) sample indices; with the seed they determine the starts.
+        success_first: Whether a success is worth more than a larger objective: in evaluation, not in training.
     """
 
     region: Region
@@ -70,6 +71,7 @@ class Search:
     network: FrozenNetwork
     seed: int
     indices: Tensor
+    success_first: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,9 @@ class Attack(Component, ABC):
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, None)
-            found = self.search(Search(region, objective, network, seed, indices))
+            found = self.search(
+                Search(region, objective, network, seed, indices, success_first=False)
+            )
             with torch.no_grad():
                 return region.render(found.variables).clamp(0, 1)
 
@@ -254,6 +258,11 @@ def _check_bounds(region: Region, variables: Variables, rendered: Tensor) -> Non
                 f"The attack left the threat model: {name} of size {size.max().item():.6g}, radius "
                 f"{radius.max().item():.6g}. Please report this."
             )
+    for name, ball in region.balls.items():
+        if ball.low is not None and ball.high is not None:
+            point = variables[name].view_as(ball.low)
+            if bool(((point < ball.low - 1e-5) | (point > ball.high + 1e-5)).any()):
+                raise OnManifoldError(f"The attack left the box of {name}. Please report this.")
     low, high = (value.item() for value in torch.aminmax(rendered))
     if not (low >= -1e-5 and high <= 1 + 1e-5):
         raise OnManifoldError(

@@ -79,11 +79,15 @@ class FrozenNetwork:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 as written: GPUs round it to TF32 in convolutions unless they are told not to."""
+    """Float32 as written: no autocast, and no TF32, to which GPUs round in convolutions by default."""
     convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     try:
-        yield
+        with ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         torch.backends.cudnn.allow_tf32 = convolution
         torch.backends.cuda.matmul.allow_tf32 = product
@@ -178,7 +182,9 @@ def frozen(
         if engine.precision == "32" or images.dtype == torch.float64:
             yield full
             return
-        network = FrozenNetwork(half or model, folded=half is not None, low_precision=True)
+        network = FrozenNetwork(
+            model if half is None else half, folded=half is not None, low_precision=True
+        )
         network.exact = full
         yield network
 

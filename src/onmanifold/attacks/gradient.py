@@ -29,7 +29,7 @@ class GradientAttack(Attack, ABC):
     Attributes:
         objective: What is maximised.
         early_stop: True: a sample leaves at its first success, with that point. False: all steps are done
-            and the point with the largest objective is kept.
+            and the point with the largest objective is kept; outside training a success before all else.
         restarts: Number of searches from different starts; the best point over all is kept.
         start: Where a search starts: "zero", "uniform" in the ball's volume, or "distance", uniform over
             distance and direction (Disentangling eq. 19).
@@ -103,55 +103,77 @@ class _Walk:
 
 
 class _Best:
-    """The best point of each sample so far, and the passes spent on it."""
+    """The point kept of each sample so far, and the passes spent on it.
+
+    With early stop a sample keeps its first success. Without it, where success counts, a success is kept
+    before all else, and among equals the point with the largest objective.
+    """
 
     def __init__(self, search: Search, early_stop: bool) -> None:
         self.search = search
         self.early_stop = early_stop
         count, device = len(search.indices), search.indices.device
-        self.done = torch.zeros(count, dtype=torch.bool, device=device)
+        self.fooled = torch.zeros(count, dtype=torch.bool, device=device)
         zero = search.region.zero()
-        value = torch.full(
-            (count,), -torch.inf, dtype=next(iter(zero.values())).dtype, device=device
-        )
+        dtype = next(iter(zero.values())).dtype
+        self.value = torch.full((count,), -torch.inf, dtype=dtype, device=device)
         passes = torch.zeros(count, dtype=torch.int32, device=device)
-        self.found = Found(zero, value, passes, passes.clone())
+        self.found = Found(zero, self.value.clone(), passes, passes.clone())
+
+    @property
+    def judges(self) -> bool:
+        """Whether it matters which points are successes."""
+        return self.early_stop or self.search.success_first
 
     def remaining(self) -> _Walk | None:
-        """All samples that are not done; None where all are."""
+        """All samples that are still searched; None where there are none."""
         search = self.search
-        walk = _Walk(search.region, search.objective, search.indices, torch.arange(len(self.done)))
-        walk.positions = walk.positions.to(self.done.device)
-        if not self.early_stop or not bool(self.done.any()):
+        positions = torch.arange(len(self.fooled), device=self.fooled.device)
+        walk = _Walk(search.region, search.objective, search.indices, positions)
+        if not self.early_stop or not bool(self.fooled.any()):
             return walk
-        return None if bool(self.done.all()) else walk.keep(~self.done)
+        return None if bool(self.fooled.all()) else walk.keep(~self.fooled)
 
     def offer(
-        self, walk: _Walk, variables: Variables, values: Tensor, finished: Tensor | None
+        self, walk: _Walk, variables: Variables, values: Tensor, fooled: Tensor | None
     ) -> None:
-        """Keep the points that are better than the best so far, and those that finish their sample."""
-        found, whole = self.found, len(walk.positions) == len(self.done)
-        positions = walk.positions
-        best = found.objective if whole else found.objective[positions]
-        better = values > best
-        if finished is not None:
-            done = self.done if whole else self.done[positions]
-            better = (better | finished) & ~done
-            self.done[positions] = done | finished
-        if whole:
-            found.objective = torch.where(better, torch.maximum(values, best), best)
-            for name, new in variables.items():
+        """Keep the points that are better than those kept so far.
+
+        Args:
+            walk: Whose points these are.
+            variables: The points.
+            values: (B,) of the objective.
+            fooled: (B,) which are successes; None: success does not matter.
+        """
+        found, positions = self.found, walk.positions
+        whole = len(positions) == len(self.fooled)
+        kept, was, highest = (
+            tensor if whole else tensor[positions]
+            for tensor in (self.value, self.fooled, found.objective)
+        )
+        better = values > kept
+        if fooled is not None:
+            if self.early_stop:
+                better = (better | fooled) & ~was
+                values = torch.where(was, kept, values)
+            else:
+                better = torch.where(fooled == was, better, fooled)
+            self.fooled[positions] = was | fooled
+        self.value[positions] = torch.where(better, values, kept)
+        found.objective[positions] = torch.fmax(highest, values)
+        rows = None if whole else positions[better]
+        for name, new in variables.items():
+            if rows is None:
                 column = better.view(-1, *[1] * (new.ndim - 1))
                 found.variables[name] = torch.where(column, new, found.variables[name])
-            return
-        rows = positions[better]
-        found.objective[rows] = torch.maximum(values, best)[better]
-        for name, new in variables.items():
-            found.variables[name] = found.variables[name].index_copy(0, rows, new[better])
+            else:
+                found.variables[name] = found.variables[name].index_copy(0, rows, new[better])
 
     def count(self, walk: _Walk, backward: bool) -> None:
-        """Count a forward pass, and a backward pass, of the samples that are not done."""
-        active = (~self.done[walk.positions]).int()
+        """Count a forward pass, and a backward pass, of the samples that are still searched."""
+        active = torch.ones_like(walk.positions, dtype=torch.int32)
+        if self.early_stop:
+            active = (~self.fooled[walk.positions]).int()
         self.found.forwards.index_add_(0, walk.positions, active)
         if backward:
             self.found.backwards.index_add_(0, walk.positions, active)
@@ -171,19 +193,20 @@ def _ascend(
         last = step == steps
         values, logits, gradients = _evaluate(walk, variables, want_gradients=not last)
         best.count(walk, backward=not last)
-        finished = _fooled(walk, best, variables, logits) if best.early_stop else None
-        best.offer(walk, variables, values, finished)
+        fooled = _fooled(walk, best, variables, values, logits) if best.judges else None
+        best.offer(walk, variables, values, fooled)
         if last:
             return
         variables, state = update.move(walk.region, variables, gradients, step_sizes, state)
         variables = walk.region.project(variables)
-        if finished is not None:
-            left = ~best.done[walk.positions]
+        if best.early_stop:
+            left = ~best.fooled[walk.positions]
             remaining = int(left.sum())
             if remaining == 0:
                 return
             if remaining <= (1 - _LEAVING_SHARE) * len(left):
-                walk, state, step_sizes = walk.keep(left), state.keep(left), _kept(step_sizes, left)
+                walk, state = walk.keep(left), state.keep(left)
+                step_sizes = _kept(step_sizes, left)
                 variables = {name: tensor[left] for name, tensor in variables.items()}
 
 
@@ -199,24 +222,30 @@ def _evaluate(
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in variables.items()}
         values, logits = walk.objective(walk.region.render(leaves))
         gradients = torch.autograd.grad(values.sum(), list(leaves.values()))
+    # A NaN, such as that of a square root at 0, would stop its sample for good and look like robustness.
+    gradients = tuple(gradient.nan_to_num(nan=0.0) for gradient in gradients)
     return values.detach(), logits.detach(), dict(zip(leaves, gradients, strict=True))
 
 
-def _fooled(walk: _Walk, best: _Best, variables: Variables, logits: Tensor) -> Tensor:
-    """Which samples are fooled; what low precision claims is checked in full precision."""
-    fooled = walk.objective.fooled(logits)
+def _fooled(
+    walk: _Walk, best: _Best, variables: Variables, values: Tensor, logits: Tensor
+) -> Tensor:
+    """Which samples are fooled; what low precision claims for the first time is checked in full precision."""
+    fooled = walk.objective.finished(values, logits)
     network = best.search.network
-    if network.exact is network or not bool(fooled.any()):
+    if network.exact is network or not best.early_stop:
         return fooled
-    claimed = walk.keep(fooled)
+    new = fooled & ~best.fooled[walk.positions]
+    if not bool(new.any()):
+        return fooled
+    claimed = walk.keep(new)
     with torch.no_grad(), full_float32():
-        images = claimed.region.render({name: tensor[fooled] for name, tensor in variables.items()})
+        images = claimed.region.render({name: tensor[new] for name, tensor in variables.items()})
         confirmed = claimed.objective.fooled(network.exact(images))
     best.found.forwards.index_add_(
         0, claimed.positions, torch.ones_like(confirmed, dtype=torch.int32)
     )
-    fooled[fooled.clone()] = confirmed
-    return fooled
+    return fooled.masked_scatter(new, confirmed)
 
 
 def _kept(step_sizes: StepSizes, selected: Tensor) -> StepSizes:

@@ -25,8 +25,11 @@ _PORTION = 512
 
 
 def stamp(files: Sequence[Path], *extra: object) -> str:
-    """A digest of files by name, size and time of change, and of ``extra``."""
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    """A digest of files by folder, name, size and time of change, and of ``extra``."""
+    facts = [
+        (file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+    ]
     return hashlib.sha256(json.dumps([facts, *map(str, extra)]).encode()).hexdigest()[:16]
 
 

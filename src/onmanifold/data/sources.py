@@ -16,6 +16,7 @@ from onmanifold.data.cache import cached, decode_all, stamp
 from onmanifold.data.dataset import Dataset
 from onmanifold.data.locations import data_folder
 from onmanifold.foundation.errors import ConfigError, DataError
+from onmanifold.foundation.randomness import permutation
 from onmanifold.foundation.registry import DATASETS, Context, build_component
 
 Split = Literal["train", "test"]
@@ -209,7 +210,7 @@ def load_image_folder(
 
     Args:
         split: Sub-folder of ``folder``. Where there is neither "train" nor "test", ``folder`` itself holds the
-            classes, and both splits are the same images.
+            classes and is the test split; nothing is trained on images that are tested on.
         folder: Where the images are.
         size: (height, width) to resize to; None: all must have the same size.
         grey: One channel in place of three.
@@ -218,7 +219,7 @@ def load_image_folder(
         DataError: No such folder, no class, no image, or one that cannot be read.
     """
     root = Path(folder).expanduser()
-    if any((root / part).is_dir() for part in ("train", "test")):
+    if split == "train" or any((root / part).is_dir() for part in ("train", "test")):
         root = root / split
     classes = (
         sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
@@ -231,6 +232,9 @@ def load_image_folder(
         found = _images_in(root / name)
         files += found
         numbers += [number] * len(found)
+    # In an order of its own, so that the first images of a set are of all classes.
+    order = permutation(0, len(files), stream="imagefolder").tolist()
+    files, numbers = [files[i] for i in order], [numbers[i] for i in order]
     if not files:
         raise DataError(f"imagefolder: {root} holds no image ({', '.join(_ENDINGS)}).")
     key = stamp(files, root, size, grey)

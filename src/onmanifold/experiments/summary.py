@@ -114,7 +114,7 @@ def summarise(
     evaluations = [Evaluation.load(job.evaluation.folder / "ledger.parquet") for job in finished]
     outcomes = _outcomes(setup, finished, evaluations)
     table = Table.of(experiment.methods, experiment.columns, outcomes)
-    judgements = judge(experiment.claims, outcomes)
+    judgements = judge(experiment.claims, _outcomes(setup, *_paired(finished, evaluations)))
     results = Results(table, judgements, [job.record() for job in jobs], out)
 
     if evaluations:
@@ -140,6 +140,21 @@ def summarise(
     )
     write_atomically(out / "report.html", render_page(page).encode())
     return results
+
+
+def _paired(
+    finished: Sequence[Trained], evaluations: Sequence[Evaluation]
+) -> tuple[list[Trained], list[Evaluation]]:
+    """Those of the seeds that all methods have finished, so that claims compare like with like."""
+    methods = {job.method for job in finished}
+    seeds = [{job.seed for job in finished if job.method == method} for method in sorted(methods)]
+    common = set.intersection(*seeds) if seeds else set()
+    pairs = [
+        (job, evaluation)
+        for job, evaluation in zip(finished, evaluations, strict=True)
+        if job.seed in common
+    ]
+    return [job for job, _ in pairs], [evaluation for _, evaluation in pairs]
 
 
 def _outcomes(

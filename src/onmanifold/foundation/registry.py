@@ -237,13 +237,20 @@ class Component:
         return core_schema.with_info_wrap_validator_function(choose, handler(source))
 
 
+def _name_of(kind: type) -> str:
+    """A component's own name: a subclass is another component, also where it is not registered."""
+    registered = str(kind.__dict__.get("registered_name", ""))
+    is_plain = not issubclass(kind, Component) or kind.registry is None
+    return registered or ("" if is_plain else f"{kind.__module__}.{kind.__qualname__}")
+
+
 def describe(value: object) -> Any:
     """A component as plain data from which it can be built again, and by which runs are keyed.
 
     Tensors and objects that are no components must bring a ``fingerprint``.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = getattr(value, "registered_name", "")
+        name = _name_of(type(value))
         fields = {
             field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)
         }

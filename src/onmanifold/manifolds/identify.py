@@ -47,7 +47,16 @@ def _identify(manifold: FontsManifold, images: Tensor, labels: Tensor) -> Tensor
     codes = images.new_zeros(len(repeated), manifold.code_size)
     codes[:, -2] = fonts.round().to(images).repeat(count)
     codes[:, -1] = labels.to(images).repeat_interleave(len(fonts))
-    rough = project(manifold, repeated, codes, steps=40, restarts=1, candidates=128, tolerance=0.0)
+    # The same draws for all, so that a code does not depend on what else is in the batch.
+    same = torch.zeros(len(repeated), dtype=torch.int64, device=images.device)
+    rough = project(
+        *(manifold, repeated, codes),
+        steps=40,
+        restarts=1,
+        candidates=128,
+        tolerance=0.0,
+        indices=same,
+    )
     codes = _nearest(rough, count, min(2, len(fonts)))
     for steps in (40, 100):
         per_image = len(codes) // count

@@ -114,7 +114,8 @@ def _descend(
     shortest = torch.full_like(latents[:, 0], torch.inf)
     for step in range(steps + 1):
         latents = latents.detach().requires_grad_()
-        residual = chart.decode(latents) - images
+        with torch.enable_grad():
+            residual = chart.decode(latents) - images
         # Half the squared distance has the residual as its gradient, which saves forming the loss.
         (gradient,) = torch.autograd.grad(residual, latents, residual.detach())
         distance = torch.linalg.vector_norm(residual.detach().flatten(1), dim=1)

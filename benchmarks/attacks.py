@@ -8,6 +8,7 @@ on a machine that others use.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import warnings
 from collections.abc import Callable
@@ -22,20 +23,22 @@ from torch import Tensor, nn
 import onmanifold as om
 from benchmarks.timing import interleave, ratio
 from onmanifold.attacks.engine import frozen
+from onmanifold.attacks.threads import own_threads, suitable_threads
 
 STEPS = 20
 
 
 def floor(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
     """Steps × forward and backward to the input of the folded model, on the engine's threads."""
+    with frozen(model, images, om.Engine()) as network:
+        alone = copy.deepcopy(network)
 
     def call() -> None:
-        with frozen(model, images, om.Engine()) as network:
-            points = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        points = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        with own_threads(suitable_threads(model, images)):
             for _ in range(STEPS):
-                logits = network(points)
-                torch.autograd.grad(logits.sum(), points)
-            points.requires_grad_(False)
+                torch.autograd.grad(alone(points).sum(), points)
+        points.requires_grad_(False)
 
     return call
 
@@ -70,7 +73,19 @@ def candidates(
     return calls
 
 
-def trained_looking(
+def trained(batch: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """The small net normally trained on Fashion-MNIST (FONTS where that is missing), and test images."""
+    try:
+        train, test = (om.load_dataset("fashion_mnist", split) for split in ("train", "test"))
+    except om.OnManifoldError:
+        train, test = (om.load_dataset("fonts", split) for split in ("train", "test"))
+    config = {"epochs": 2, "validation_fraction": 0}
+    model = om.train("normal", "conv_net", train.take(20_000), config).classifier
+    images, labels, *_ = test.batch(torch.arange(batch), device)
+    return model.to(device), images, labels
+
+
+def untrained(
     name: str, shape: tuple[int, int, int], batch: int, device: str
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A network with batch-norm statistics of its own, images, and the labels it gives them."""
@@ -100,7 +115,10 @@ def main() -> None:
     for name in chosen:
         shape, batch, radius = settings[name]
         batch = arguments.batch or batch
-        model, images, labels = trained_looking(name, shape, batch, arguments.device)
+        if name == "conv_net":
+            model, images, labels = trained(batch, arguments.device)
+        else:
+            model, images, labels = untrained(name, shape, batch, arguments.device)
         calls = candidates(model, images, labels, radius, early=name == "conv_net")
         seconds = interleave(calls, rounds=arguments.rounds)
         print(f"\nPGD-{STEPS}, {name}, batch {batch}, {torch.get_num_threads()} threads")

@@ -184,3 +184,19 @@ def test_comparison_of_other_samples_is_refused(evaluation):
     shifted = evaluation.ledger.set_column(0, "sample", pa.array([*range(5)] * 2))
     with pytest.raises(InputError, match="same samples"):
         evaluation.compare(Evaluation(shifted))
+
+
+def test_a_run_of_an_experiment_is_read_by_its_name(evaluation, tmp_path):
+    rows = evaluation.ledger.replace_schema_metadata(None)
+    parts = []
+    for method, seed in (("AT", 4), ("AT", 5), ("Normal", 4)):
+        part = rows.add_column(0, "seed", pa.array([seed] * len(rows), pa.int64()))
+        parts.append(part.add_column(0, "method", pa.array([method] * len(rows))))
+    path = write_table(tmp_path / "ledger.parquet", pa.concat_tables(parts))
+    part = Evaluation.load(path, method="AT", seed=5)
+    assert part.accuracy("A") == evaluation.accuracy("A")
+    assert len(part) == len(evaluation)
+    with pytest.raises(InputError, match=r"AT.*Normal"):
+        Evaluation.load(path)
+    with pytest.raises(InputError, match=r"\[4\]"):
+        Evaluation.load(path, method="Normal", seed=5)

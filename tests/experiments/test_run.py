@@ -183,7 +183,7 @@ def test_killed_runs_end_with_the_same_table(first, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert start(file, out).wait(120) == 0
     for name in ("table.csv", "table.md"):
         assert (out / name).read_bytes() == (first / name).read_bytes()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from onmanifold.evaluation.statistics import (
@@ -237,13 +238,23 @@ class Evaluation:
         return write_table(path, self.ledger)
 
     @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read a ledger that `save` wrote.
+    def load(
+        cls, path: str | Path, method: str | None = None, seed: int | None = None
+    ) -> Evaluation:
+        """Read a ledger that `save` wrote, or one run's part of an experiment's ledger.
+
+        Args:
+            path: The Parquet file.
+            method: In an experiment's ledger, whose classifier; needed there.
+            seed: In an experiment's ledger, of which seed; None: of the first.
 
         Raises:
             DataError: The file is missing, truncated, or no ledger.
+            InputError: An experiment's ledger without such a run.
         """
         table = read_table(path)
+        if {"method", "seed"} <= set(table.column_names):
+            table = _part(table, method, seed)
         missing = [name for name in (*_LEADING, *_TRAILING) if name not in table.column_names]
         if missing:
             raise DataError(
@@ -299,3 +310,18 @@ def read_table(path: str | Path) -> pa.Table:
         raise DataError(
             f"{path} is no Parquet file, or is truncated or damaged ({error})."
         ) from None
+
+
+def _part(table: pa.Table, method: str | None, seed: int | None) -> pa.Table:
+    """The rows of one run of an experiment's ledger."""
+    methods = table.column("method").unique().to_pylist()
+    if method not in methods:
+        raise InputError(
+            f"method: the ledger is of an experiment; expected one of {methods}, found {method!r}."
+        )
+    table = table.filter(pc.equal(table.column("method"), method))
+    seeds = table.column("seed").unique().to_pylist()
+    seed = seeds[0] if seed is None else seed
+    if seed not in seeds:
+        raise InputError(f"seed: expected one of {seeds} for {method}, found {seed}.")
+    return table.filter(pc.equal(table.column("seed"), seed)).drop_columns(["method", "seed"])

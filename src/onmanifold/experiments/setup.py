@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onmanifold.attacks import Attack
 from onmanifold.classifiers import build_classifier
@@ -26,12 +26,6 @@ from onmanifold.foundation.registry import (
 )
 from onmanifold.manifolds.base import Manifold
 from onmanifold.training import Method, TrainingConfig
-
-if TYPE_CHECKING:
-    pass
-
-# What decides how a training is run, but not what comes out.
-_WITHOUT_EFFECT = ("threads", "checkpoint_epochs", "checkpoint_minutes", "loss_limit")
 
 
 @dataclass(frozen=True)
@@ -63,15 +57,12 @@ class Setup:
 
     def training_key(self, method: str, seed: int) -> dict[str, Any]:
         """All that determines a trained classifier."""
-        training = describe(self.training)
         return {
             "method": describe(self.methods[method]),
             "seed": seed,
             "dataset": self.train.fingerprint,
             "classifier": self.classifier(seed).spec,
-            "training": {
-                key: value for key, value in training.items() if key not in _WITHOUT_EFFECT
-            },
+            "training": self.training.identity,
         }
 
     def evaluation_key(self, training_key: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def check_images(images: Tensor, name: str = "images") -> Tensor:
         raise InputError(f"{name}: expected a floating-point dtype, found {images.dtype}.{hint}")
     if images.dtype not in (torch.float32, torch.float64):
         raise InputError(
-            f"{name}: expected torch.float32 or torch.float64, found {images.dtype}. For speed in bfloat16 keep model and "
-            "images in float32 and choose the precision of the attack."
+            f"{name}: expected torch.float32 or torch.float64, found {images.dtype}. For "
+            "speed in bfloat16 keep model and images in float32 and choose the precision of the attack."
         )
     if images.ndim != 4:
         raise InputError(f"{name}: expected shape (B, C, H, W), found {tuple(images.shape)}.")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import Precision
 from onmanifold.data.augment import Augmentation
 from onmanifold.foundation.errors import ConfigError
-from onmanifold.foundation.registry import Component
+from onmanifold.foundation.registry import Component, describe
 from onmanifold.training.schedules import SCHEDULES, Exponential, Schedule
+
+_WITHOUT_EFFECT = ("checkpoint_epochs", "checkpoint_minutes", "loss_limit", "threads")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class TrainingConfig(Component):
         self._check("validation_fraction", 0 <= self.validation_fraction < 1, "a number in [0, 1)")
         self._check("loss_limit", self.loss_limit > 0, "a number > 0")
         self._check("threads", self.threads is None or self.threads >= 1, "an integer >= 1")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what comes out of a training, and not only how it is run."""
+        return {key: value for key, value in describe(self).items() if key not in _WITHOUT_EFFECT}
 
     def _check_choices(self) -> None:
         self._check("schedule", isinstance(self.schedule, Schedule), "a schedule")

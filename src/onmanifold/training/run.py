@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
     from onmanifold.data.dataset import Dataset
 
-# Fields of the configuration that do not change what comes out.
-_WITHOUT_EFFECT = ("checkpoint_epochs", "checkpoint_minutes", "loss_limit", "threads")
-
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -108,9 +105,7 @@ def train(
         raise InputError("tensorboard: needs a directory.")
     identity = {
         "method": describe(method),
-        "training": {
-            key: value for key, value in describe(config).items() if key not in _WITHOUT_EFFECT
-        },
+        "training": config.identity,
         "dataset": dataset.fingerprint,
         "classifier": {"type": type(classifier).__name__, "weights": weights_digest(classifier)},
         "seed": seed,

@@ -483,3 +483,44 @@ def test_success_is_decided_in_float32_under_a_surrounding_autocast():
         result = om.PGD(om.ImageBall(norm="linf", radius=0.02), steps=5)(model, images, labels)
     with torch.no_grad():
         assert torch.equal(result.predictions, model(result.images).argmax(1))
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_compiled_copies_are_made_once_and_follow_the_weights(monkeypatch, precision):
+    made, compile_ = [], torch.compile
+
+    def counted(graph, dynamic):
+        made.append(graph)
+        return compile_(graph, dynamic=dynamic, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model = om.build_classifier("conv_net", image_shape=(1, 28, 28), seed=0).eval()
+    images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(8, dtype=torch.int64)
+    settings = {"steps": 3, "early_stop": False}
+    ball = om.ImageBall(norm="linf", radius=0.05)
+    fast = om.PGD(ball, engine=Engine(precision=precision, compile=True), **settings)
+    plain = om.PGD(ball, engine=Engine(precision=precision), **settings)
+    for _ in range(3):
+        found, expected = fast(model, images, labels), plain(model, images, labels)
+        assert torch.allclose(found.objective, expected.objective, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+    assert len(made) == (1 if precision == "32" else 2)
+
+
+def test_a_model_that_casts_inside_runs_bfloat16_by_autocast():
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, images):
+            return self.last(self.norm(self.first(images)).mean((2, 3)).float())
+
+    model = Casting().eval()
+    images = torch.rand(4, 1, 8, 8)
+    attack = om.PGD(om.ImageBall(), steps=2, engine=Engine(precision="bf16"))
+    assert attack(model, images, torch.zeros(4, dtype=torch.int64)).images.shape == images.shape

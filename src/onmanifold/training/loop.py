@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from onmanifold.classifiers import load_classifier
 from onmanifold.foundation import randomness
-from onmanifold.foundation.errors import DivergenceError, InputError
+from onmanifold.foundation.errors import DataError, DivergenceError, InputError
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.ema import MovingAverage
 from onmanifold.training.guard import Interruption, default_dtype, own_generators, seed_generators
@@ -303,8 +303,9 @@ class Training:
                 self.best = {
                     name: tensor.clone() for name, tensor in self.kept.state_dict().items()
                 }
-            elif self.rank == 0:
-                self.files.keep_best(self.kept, entry)
+            else:
+                files = self.files
+                self._together(lambda: files.keep_best(self.kept, entry))
         if state.epoch % self.config.checkpoint_epochs == 0 or self.finished:
             self.save()
         return entry
@@ -328,8 +329,29 @@ class Training:
         """Write the checkpoint; the first process does."""
         self._check_weights()
         self.saved_at = time.monotonic()
-        if self.files is not None and self.rank == 0:
-            self.files.save(self.state, self.classifier, self.optimizer, self.average)
+        if self.files is not None:
+            files = self.files
+            self._together(
+                lambda: files.save(self.state, self.classifier, self.optimizer, self.average)
+            )
+
+    def _together(self, act: Callable[[], object], *, all_act: bool = False) -> None:
+        """Let the first process act, or all; where one fails all stop, instead of waiting for it.
+
+        Raises:
+            DataError: Another process failed.
+        """
+        failure: Exception | None = None
+        if all_act or self.rank == 0:
+            try:
+                act()
+            except Exception as error:
+                failure = error
+        failures = int(self._total(torch.tensor(0 if failure is None else 1)))
+        if failure is not None:
+            raise failure
+        if failures:
+            raise DataError("Another process failed; its message says why.")
 
     def resume(self) -> None:
         """Continue from the directory's checkpoint, where there is one.
@@ -340,13 +362,19 @@ class Training:
         if self.files is None:
             return
         # The initial weights of the first process are the run's; those of the others need not be the same.
-        state = self.files.load(
-            self.classifier, self.optimizer, self.parameters, self.average, check=self.rank == 0
-        )
-        if state is not None:
-            self.state = state
-            if self.rank == 0:
-                self.files.write_metrics(state)
+        files = self.files
+
+        def load() -> None:
+            state = files.load(
+                *(self.classifier, self.optimizer, self.parameters, self.average),
+                check=self.rank == 0,
+            )
+            if state is not None:
+                self.state = state
+                if self.rank == 0:
+                    files.write_metrics(state)
+
+        self._together(load, all_act=True)
 
     def result(self) -> nn.Module:
         """The classifier with the best weights, in eval mode."""

@@ -146,37 +146,53 @@ class _Best:
             fooled: (B,) which are successes; None: success does not matter.
         """
         found, positions = self.found, walk.positions
-        whole = len(positions) == len(self.fooled)
-        kept, was, highest = (
-            tensor if whole else tensor[positions]
-            for tensor in (self.value, self.fooled, found.objective)
-        )
-        better = values > kept
+        if len(positions) == len(self.fooled):
+            self._offer_all(variables, values, fooled)
+            return
+        kept, was = self.value[positions], self.fooled[positions]
+        better, values = self._better(kept, was, values, fooled)
         if fooled is not None:
-            if self.early_stop:
-                better = (better | fooled) & ~was
-                values = torch.where(was, kept, values)
-            else:
-                better = torch.where(fooled == was, better, fooled)
             self.fooled[positions] = was | fooled
         self.value[positions] = torch.where(better, values, kept)
-        found.objective[positions] = torch.fmax(highest, values)
-        rows = None if whole else positions[better]
+        found.objective[positions] = torch.fmax(found.objective[positions], values)
+        rows = positions[better]
         for name, new in variables.items():
-            if rows is None:
-                column = better.view(-1, *[1] * (new.ndim - 1))
-                found.variables[name] = torch.where(column, new, found.variables[name])
-            else:
-                found.variables[name] = found.variables[name].index_copy(0, rows, new[better])
+            found.variables[name] = found.variables[name].index_copy(0, rows, new[better])
+
+    def _offer_all(self, variables: Variables, values: Tensor, fooled: Tensor | None) -> None:
+        """The same where no sample has left: without the cost of indexing."""
+        found = self.found
+        better, values = self._better(self.value, self.fooled, values, fooled)
+        if fooled is not None:
+            self.fooled = self.fooled | fooled
+        self.value = torch.where(better, values, self.value)
+        found.objective = torch.fmax(found.objective, values)
+        for name, new in variables.items():
+            column = better.view(-1, *[1] * (new.ndim - 1))
+            found.variables[name] = torch.where(column, new, found.variables[name])
+
+    def _better(
+        self, kept: Tensor, was: Tensor, values: Tensor, fooled: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Which points replace those kept, and the values that count: a sample that is done has no new ones."""
+        better = values > kept
+        if fooled is None:
+            return better, values
+        if self.early_stop:
+            return (better | fooled) & ~was, torch.where(was, kept, values)
+        return torch.where(fooled == was, better, fooled), values
 
     def count(self, walk: _Walk, backward: bool) -> None:
         """Count a forward pass, and a backward pass, of the samples that are still searched."""
-        active = torch.ones_like(walk.positions, dtype=torch.int32)
-        if self.early_stop:
-            active = (~self.fooled[walk.positions]).int()
-        self.found.forwards.index_add_(0, walk.positions, active)
+        found = self.found
+        if not self.early_stop:
+            found.forwards += 1
+            found.backwards += backward
+            return
+        active = (~self.fooled[walk.positions]).int()
+        found.forwards.index_add_(0, walk.positions, active)
         if backward:
-            self.found.backwards.index_add_(0, walk.positions, active)
+            found.backwards.index_add_(0, walk.positions, active)
 
 
 def _ascend(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, full_float32, probe, untouched
+from onmanifold.attacks.threads import own_threads
 from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import InputError, OnManifoldError
 from onmanifold.foundation.registry import ATTACKS, Component
@@ -72,6 +74,15 @@ class Search:
     seed: int
     indices: Tensor
     success_first: bool = True
+
+    def keep(self, mask: Tensor) -> Search:
+        """The search of the selected samples."""
+        return replace(
+            self,
+            region=self.region.keep(mask),
+            objective=self.objective.keep(mask),
+            indices=self.indices[mask],
+        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Attack(Component, ABC):
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, targets)
-            found = self.search(Search(region, objective, network, seed, indices))
+            found = self._searched(Search(region, objective, network, seed, indices))
             with torch.no_grad():
                 rendered = region.render(found.variables)
             _check_bounds(region, found.variables, rendered)
@@ -202,11 +213,30 @@ class Attack(Component, ABC):
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, None)
-            found = self.search(
+            found = self._searched(
                 Search(region, objective, network, seed, indices, success_first=False)
             )
             with torch.no_grad():
                 return region.render(found.variables).clamp(0, 1)
+
+    def _searched(self, search: Search) -> Found:
+        """The search, in as many parts of the batch at once as there are workers."""
+        workers = search.network.workers
+        if workers == 1:
+            return self.search(search)
+        positions = torch.arange(len(search.indices))
+        masks = [torch.isin(positions, part) for part in positions.tensor_split(workers)]
+        with own_threads(1), ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(lambda mask: self.search(search.keep(mask)), masks))
+        return Found(
+            {
+                name: torch.cat([part.variables[name] for part in parts])
+                for name in parts[0].variables
+            },
+            torch.cat([part.objective for part in parts]),
+            torch.cat([part.forwards for part in parts]),
+            torch.cat([part.backwards for part in parts]),
+        )
 
     @staticmethod
     def _indices(images: Tensor, indices: Tensor | None) -> Tensor:

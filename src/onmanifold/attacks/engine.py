@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from onmanifold.attacks import folding
-from onmanifold.attacks.threads import own_threads, suitable_threads
+from onmanifold.attacks.threads import own_threads, suitable_threads, suitable_workers
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import Component
 
@@ -57,6 +57,7 @@ class FrozenNetwork:
     Attributes:
         folded: Whether this is a private folded copy.
         exact: The same network in full precision, for checking what bfloat16 found.
+        workers: How many threads may each search a part of the batch on its own.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FrozenNetwork:
         self.folded = folded
         self.low_precision = low_precision
         self.exact: FrozenNetwork = self
+        self.workers = 1
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) in the precision of the images."""
@@ -167,6 +169,7 @@ def frozen(
         InputError: The model does not take such images, or gives no (B, K) logits.
     """
     core = unwrapped(model)
+    threads = engine.threads or torch.get_num_threads()
     with untouched(model, seed), own_threads(engine.threads or suitable_threads(core, images)):
         template = _folded(core, images, check) if engine.fold else None
         if template is None:
@@ -179,13 +182,16 @@ def frozen(
             half = template.half(images[:1], compiled=engine.compile)
         # Again: what was tried out above, at the first attack only, may have drawn random numbers.
         _seed_generators(seed, _cuda_devices(model))
+        # The user's own module may hold state that two threads would fight over; a folded copy holds none.
+        workers = 1 if template is None else suitable_workers(core, images, threads)
+        full.workers = workers
         if engine.precision == "32" or images.dtype == torch.float64:
             yield full
             return
         network = FrozenNetwork(
             model if half is None else half, folded=half is not None, low_precision=True
         )
-        network.exact = full
+        network.exact, network.workers = full, workers
         yield network
 
 

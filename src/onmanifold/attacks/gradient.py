@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from onmanifold.threats.geometry import Start
 
 # Fooled samples leave the batch once they are this share of it; until then they only stand still.
 _LEAVING_SHARE = 0.05
+# Where no more than this share remains, its forward pass is done again rather than the backward pass of all.
+_AGAIN_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -207,40 +210,60 @@ def _ascend(
     state = update.start(variables)
     for step in range(steps + 1):
         last = step == steps
-        values, logits, gradients = _evaluate(walk, variables, want_gradients=not last)
+        point = _evaluate(walk, variables, differentiable=not last)
         best.count(walk, backward=not last)
-        fooled = _fooled(walk, best, variables, values, logits) if best.judges else None
+        values = point.values.detach()
+        fooled = _fooled(walk, best, variables, values, point.logits) if best.judges else None
         best.offer(walk, variables, values, fooled)
         if last:
             return
+        left = ~best.fooled[walk.positions] if best.early_stop else None
+        remaining = len(values) if left is None else int(left.sum())
+        if remaining == 0:
+            return
+        if left is None or remaining > (1 - _LEAVING_SHARE) * len(values):
+            gradients = point.gradients()
+        else:
+            again = remaining <= _AGAIN_SHARE * len(values)
+            gradients = {} if again else _selected(point.gradients(), left)
+            walk, state = walk.keep(left), state.keep(left)
+            step_sizes, variables = _kept(step_sizes, left), _selected(variables, left)
+            if again:
+                # A second forward pass of few costs less than the backward pass of all.
+                gradients = _evaluate(walk, variables, differentiable=True).gradients()
         variables, state = update.move(walk.region, variables, gradients, step_sizes, state)
         variables = walk.region.project(variables)
-        if best.early_stop:
-            left = ~best.fooled[walk.positions]
-            remaining = int(left.sum())
-            if remaining == 0:
-                return
-            if remaining <= (1 - _LEAVING_SHARE) * len(left):
-                walk, state = walk.keep(left), state.keep(left)
-                step_sizes = _kept(step_sizes, left)
-                variables = {name: tensor[left] for name, tensor in variables.items()}
 
 
-def _evaluate(
-    walk: _Walk, variables: Variables, want_gradients: bool
-) -> tuple[Tensor, Tensor, Variables]:
-    """Values, logits and, where wanted, the gradient of the values to each variable."""
-    if not want_gradients:
-        with torch.no_grad():
-            values, logits = walk.objective(walk.region.render(variables))
-        return values, logits, {}
-    with torch.enable_grad():
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in variables.items()}
+class _Point(NamedTuple):
+    """Variables evaluated: values (B,), logits (B, K), and the leaves of the graph that led there."""
+
+    values: Tensor
+    logits: Tensor
+    leaves: Variables
+
+    def gradients(self) -> Variables:
+        """The gradient of each sample's value to its own variables."""
+        ones = torch.ones_like(self.values)
+        found = torch.autograd.grad(self.values, list(self.leaves.values()), ones)
+        # A NaN, such as that of a square root at 0, would stop its sample for good and look like robustness.
+        return {
+            name: gradient.nan_to_num(nan=0.0)
+            for name, gradient in zip(self.leaves, found, strict=True)
+        }
+
+
+def _evaluate(walk: _Walk, variables: Variables, differentiable: bool) -> _Point:
+    leaves = variables
+    with torch.set_grad_enabled(differentiable):
+        if differentiable:
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in variables.items()}
         values, logits = walk.objective(walk.region.render(leaves))
-        gradients = torch.autograd.grad(values.sum(), list(leaves.values()))
-    # A NaN, such as that of a square root at 0, would stop its sample for good and look like robustness.
-    gradients = tuple(gradient.nan_to_num(nan=0.0) for gradient in gradients)
-    return values.detach(), logits.detach(), dict(zip(leaves, gradients, strict=True))
+    return _Point(values, logits.detach(), leaves)
+
+
+def _selected(variables: Variables, mask: Tensor) -> Variables:
+    return {name: tensor[mask] for name, tensor in variables.items()}
 
 
 def _fooled(

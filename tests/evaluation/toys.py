@@ -86,8 +86,11 @@ def make_attacks() -> dict[str, Attack]:
 class Counting(PGD):
     """PGD that writes down which samples it was called for, and may fail or take its time.
 
-    It is described as PGD with a ``log``; a class-level switch makes it fail, so that its key stays the same.
+    It has a name of its own, the same where this file is run and where it is imported, since results are kept
+    under it; switches in the environment make it fail, so that its key stays the same.
     """
+
+    registered_name = "counting"
 
     log: str = ""
 

@@ -240,8 +240,10 @@ class Component:
 def _name_of(kind: type) -> str:
     """A component's own name: a subclass is another component, also where it is not registered."""
     registered = str(kind.__dict__.get("registered_name", ""))
-    is_plain = not issubclass(kind, Component) or kind.registry is None
-    return registered or ("" if is_plain else f"{kind.__module__}.{kind.__qualname__}")
+    if registered or not issubclass(kind, Component) or kind.registry is None:
+        return registered
+    # Not the whole path: the same file may be imported as part of a package and by itself.
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"
 
 
 def describe(value: object) -> Any:

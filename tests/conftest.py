@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from onmanifold.attacks import FGSM, MIA, PGD, Attack, ProjectedAdam, RandomPerturbation
+from onmanifold.attacks import APGD, FGSM, MIA, PGD, Attack, ProjectedAdam, RandomPerturbation
 from onmanifold.manifolds.base import Manifold
 from onmanifold.threats import ImageBall, JointBall, LatentBall, Threat, TransformationBall
 
@@ -147,6 +147,8 @@ ATTACKS: dict[str, Callable[[Threat], Attack]] = {
     "mia": lambda threat: MIA(threat, steps=6),
     "adam": lambda threat: ProjectedAdam(threat, steps=6, step_size=0.03, restarts=2),
     "random": lambda threat: RandomPerturbation(threat, restarts=4),
+    "apgd": lambda threat: APGD(threat, steps=8),
+    "apgd_t": lambda threat: APGD(threat, steps=6, objective="targeted_dlr"),
 }
 
 

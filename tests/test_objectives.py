@@ -79,6 +79,7 @@ def test_no_objective_sees_a_shift_of_all_logits(objective, rows, shift):
     count = len(logits)
     extra = {
         "targets": torch.full((count,), 2),
+        "ranking": torch.full((count, 1), 2),
         "clean": torch.log_softmax(torch.arange(4).double().expand(count, 4), 1),
     }
     labels = torch.zeros(count, dtype=torch.int64)

@@ -8,6 +8,7 @@ import pytest
 import onmanifold as om
 
 NAMES = [
+    "APGD",
     "AdversarialTraining",
     "Attack",
     "AttackResult",

@@ -1,3 +1,4 @@
+from .attacks import APGD as APGD
 from .attacks import FGSM as FGSM
 from .attacks import MIA as MIA
 from .attacks import PGD as PGD

@@ -18,6 +18,9 @@ from torch.nn import functional
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import OBJECTIVES, Component
 
+# So that equal logits divide nothing by zero.
+_SMALL = 1e-12
+
 Network = Callable[[Tensor], Tensor]
 """A frozen model: images (B, C, H, W) to logits (B, K)."""
 
@@ -50,6 +53,15 @@ class BoundObjective:
     def finished(self, values: Tensor, logits: Tensor) -> Tensor:
         """Which samples are fooled, and by as much as the objective wants, (B,) bool."""
         return self.fooled(logits) & self.objective.reached(values)
+
+    @property
+    def turns(self) -> int:
+        """How many objectives this is, to be searched one after the other: one per target, say."""
+        return 1
+
+    def turn(self, number: int) -> BoundObjective:
+        """The objective of one turn."""
+        return self
 
     def keep(self, mask: Tensor) -> BoundObjective:
         """The objective on the selected samples."""
@@ -144,6 +156,85 @@ class KullbackLeibler(Objective):
         return functional.kl_div(perturbed, extra["clean"], reduction="none", log_target=True).sum(
             1
         )
+
+
+@OBJECTIVES.register("dlr")
+@dataclass(frozen=True)
+class DLR(Objective):
+    """Difference of logits ratio: −(z_y − max over i != y of z_i) / (z_1st − z_3rd) (Croce and Hein 2020, eq. 6).
+
+    Shifting the logits or scaling them by a positive number does not change it. Positive exactly where the sample
+    is misclassified. With two classes there is no third logit, and it is the `Margin`.
+
+    >>> DLR().value(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+    tensor([-0.5000])
+    """
+
+    def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
+        """The ratio, (B,)."""
+        margin = _margin(logits, labels)
+        if logits.shape[1] < 3:
+            return margin
+        top = logits.topk(3, dim=1).values
+        return margin / (top[:, 0] - top[:, 2] + _SMALL)
+
+
+@OBJECTIVES.register("targeted_dlr")
+@dataclass(frozen=True)
+class TargetedDLR(Objective):
+    """DLR towards one class after the other: −(z_y − z_t) / (z_1st − (z_3rd + z_4th) / 2).
+
+    Croce and Hein 2020, eq. 7. The targets are the most likely wrong classes of the clean image; an attack takes
+    them in turn, and any misclassification is a success. With fewer than four classes the value is z_t − z_y.
+
+    Attributes:
+        targets: How many classes; at most K − 1 are taken.
+    """
+
+    targets: int = 9
+
+    def __post_init__(self) -> None:
+        if self.targets < 1:
+            raise InputError(f"targets: expected at least 1, found {self.targets}.")
+
+    def extra(self, network: Network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The targets, named "ranking": (B, T), the most likely first."""
+        return {"ranking": likeliest_others(network(images), labels, self.targets)}
+
+    def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
+        """The ratio for the first of the targets, (B,)."""
+        chosen = torch.stack([labels, extra["ranking"][:, 0]], dim=1)
+        own, target = logits.gather(1, chosen).unbind(1)
+        if logits.shape[1] < 4:
+            return target - own
+        top = logits.topk(4, dim=1).values
+        return (target - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _SMALL)
+
+    def bind(
+        self, network: Network, images: Tensor, labels: Tensor, targets: Tensor | None = None
+    ) -> BoundObjective:
+        """Tie the objective to a frozen model and a batch; the targets are not the caller's to choose."""
+        bound = super().bind(network, images, labels, targets)
+        return InTurn(self, network, labels, bound.extra)
+
+
+class InTurn(BoundObjective):
+    """A bound objective with a turn for each column of its ranking (B, T)."""
+
+    @property
+    def turns(self) -> int:
+        """T."""
+        return self.extra["ranking"].shape[1]
+
+    def turn(self, number: int) -> BoundObjective:
+        """The objective towards one of the targets."""
+        return replace(self, extra={"ranking": self.extra["ranking"][:, number : number + 1]})
+
+
+def likeliest_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The classes of the largest logits (B, K) but the label, (B, min(count, K − 1)), the largest first."""
+    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    return others.argsort(dim=1, descending=True, stable=True)[:, : min(count, logits.shape[1] - 1)]
 
 
 Target = Literal["second", "least"]

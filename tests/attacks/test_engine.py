@@ -42,7 +42,7 @@ def test_small_models_run_on_one_thread_and_threads_are_put_back(two_threads, sm
     good, model = images(5), Watched(small_net)
     PGD(ImageBall(radius=0.05), 3, engine=UNFOLDED)(model, good.images, good.labels)
     assert torch.get_num_threads() == 2
-    assert set(model.threads[2:-1]) == {1}  # but for the probe and the verification
+    assert set(model.threads[3:-1]) == {1}  # but for the probes and the verification
 
 
 def test_large_models_keep_their_threads(two_threads, images):
@@ -61,7 +61,7 @@ def test_the_number_of_threads_can_be_set(two_threads, small_net, images, thread
     good, model = images(5), Watched(small_net)
     engine = Engine(fold=False, threads=threads)
     PGD(ImageBall(radius=0.05), 3, engine=engine)(model, good.images, good.labels)
-    assert set(model.threads[1:-1]) == {threads}
+    assert set(model.threads[2:-1]) == {threads}
     assert torch.get_num_threads() == 2
 
 

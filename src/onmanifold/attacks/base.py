@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,9 @@ from onmanifold.foundation.errors import InputError, OnManifoldError
 from onmanifold.foundation.registry import ATTACKS, Component
 from onmanifold.objectives import BoundObjective
 from onmanifold.threats.base import Region, Threat, Variables
+
+# Passes of a random model over what an attack returns.
+_VERIFICATIONS = 11
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class AttackResult:
         forwards: (B,) int32 forward passes of the model spent on the sample; verification not counted.
         backwards: (B,) int32 backward passes.
         variables: The perturbation variables, (B, ...) each.
+        found_by: Of attacks made of several: the name of the one that fooled the model on each sample,
+            "clean" where it needed none, None where none did; else None.
     """
 
     images: Tensor
@@ -43,16 +49,26 @@ class AttackResult:
     forwards: Tensor
     backwards: Tensor
     variables: Variables
+    found_by: tuple[str | None, ...] | None = None
 
 
 @dataclass
 class Found:
-    """What a search hands back: one point per sample, and what it cost."""
+    """What a search hands back: one point per sample, and what it cost.
+
+    Attributes:
+        variables: (B, ...) each.
+        objective: (B,) the largest value met.
+        forwards: (B,) int32.
+        backwards: (B,) int32.
+        by: (B,) int64 which member of the attack fooled the model; None for attacks without members.
+    """
 
     variables: Variables
     objective: Tensor
     forwards: Tensor
     backwards: Tensor
+    by: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,17 +79,26 @@ class Search:
         region: Where the variables may be.
         objective: What is maximised, on the frozen network.
         network: The frozen network.
+        images: (B, C, H, W) the clean images.
         seed: Of the random starts.
         indices: (B,) sample indices; with the seed they determine the starts.
         success_first: Whether a success is worth more than a larger objective: in evaluation, not in training.
+        random: Whether the model gives other logits each time.
     """
 
     region: Region
     objective: BoundObjective
     network: FrozenNetwork
+    images: Tensor
     seed: int
     indices: Tensor
     success_first: bool = True
+    random: bool = False
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,) int64."""
+        return self.objective.labels
 
     def keep(self, mask: Tensor) -> Search:
         """The search of the selected samples."""
@@ -81,6 +106,7 @@ class Search:
             self,
             region=self.region.keep(mask),
             objective=self.objective.keep(mask),
+            images=self.images[mask],
             indices=self.indices[mask],
         )
 
@@ -104,6 +130,11 @@ class Attack(Component, ABC):
             raise InputError(
                 f"threat: expected a threat model, found {type(self.threat).__name__}."
             )
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the attacks that this one is made of; none where it is one by itself."""
+        return ()
 
     @abstractmethod
     def bind(
@@ -158,7 +189,8 @@ class Attack(Component, ABC):
         if len(images) == 0:
             raise InputError("images: the batch is empty.")
         with untouched(model, seed):
-            classes = probe(model, images[:1]).shape[1]
+            logits, again = probe(model, images[:1]), probe(model, images[:1])
+        classes, random = logits.shape[1], not torch.equal(logits, again)
         check_labels(labels, len(images), classes)
         if targets is not None:
             check_labels(targets, len(images), classes, name="targets")
@@ -166,22 +198,25 @@ class Attack(Component, ABC):
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, targets)
-            found = self._searched(Search(region, objective, network, seed, indices))
+            found = self._searched(
+                Search(region, objective, network, images, seed, indices, random=random)
+            )
             with torch.no_grad():
                 rendered = region.render(found.variables)
             _check_bounds(region, found.variables, rendered)
             adversarial = rendered.clamp(0, 1).to(images.dtype).contiguous()
-        with untouched(model, seed), torch.no_grad(), full_float32():
-            logits = model(adversarial)
+        with untouched(model, seed):
+            success, predictions = verdict(model, adversarial, objective, random)
         return AttackResult(
             images=adversarial,
-            success=objective.fooled(logits),
-            predictions=logits.argmax(1),
+            success=success,
+            predictions=predictions,
             objective=found.objective,
             size=region.size(found.variables),
             forwards=found.forwards,
             backwards=found.backwards,
             variables=found.variables,
+            found_by=_names_of(found.by, self.members),
         )
 
     def examples(
@@ -214,7 +249,7 @@ class Attack(Component, ABC):
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, None)
             found = self._searched(
-                Search(region, objective, network, seed, indices, success_first=False)
+                Search(region, objective, network, images, seed, indices, success_first=False)
             )
             with torch.no_grad():
                 return region.render(found.variables).clamp(0, 1)
@@ -236,6 +271,7 @@ class Attack(Component, ABC):
             torch.cat([part.objective for part in parts]),
             torch.cat([part.forwards for part in parts]),
             torch.cat([part.backwards for part in parts]),
+            None if parts[0].by is None else torch.cat([p.by for p in parts if p.by is not None]),
         )
 
     @staticmethod
@@ -247,6 +283,30 @@ class Attack(Component, ABC):
                 f"indices: expected int64 ({len(images)},), found {indices.dtype} {tuple(indices.shape)}."
             )
         return indices
+
+
+def verdict(
+    model: Callable[[Tensor], Tensor], images: Tensor, objective: BoundObjective, random: bool
+) -> tuple[Tensor, Tensor]:
+    """Success (B,) bool and predictions (B,) of images, in full precision.
+
+    A random model is asked several times: the prediction is the most frequent one, and success is what it shows in
+    more than half of the passes. A single failure of the model may be luck.
+    """
+    with torch.no_grad(), full_float32():
+        if not random:
+            logits = model(images)
+            return objective.fooled(logits), logits.argmax(1)
+        passes = [model(images) for _ in range(_VERIFICATIONS)]
+    fooled = torch.stack([objective.fooled(logits) for logits in passes])
+    predictions = torch.stack([logits.argmax(1) for logits in passes]).mode(0).values
+    return 2 * fooled.sum(0) > _VERIFICATIONS, predictions
+
+
+def _names_of(by: Tensor | None, members: tuple[str, ...]) -> tuple[str | None, ...] | None:
+    if by is None:
+        return None
+    return tuple(None if place < 0 else members[place] for place in by.tolist())
 
 
 def _copy(given: Any) -> Any:

@@ -8,6 +8,7 @@ compiled. The model itself is found again exactly as it was, also after an inter
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class FrozenNetwork:
     Attributes:
         folded: Whether this is a private folded copy.
         exact: The same network in full precision, for checking what bfloat16 found.
+        original: The model itself, for checking what stands on the very boundary of a class.
         workers: How many threads may each search a part of the batch on its own.
     """
 
@@ -67,6 +69,7 @@ class FrozenNetwork:
         self.folded = folded
         self.low_precision = low_precision
         self.exact: FrozenNetwork = self
+        self.original: Callable[[Tensor], Tensor] = forward
         self.workers = 1
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -185,14 +188,27 @@ def frozen(
         # The user's own module may hold state that two threads would fight over; a folded copy holds none.
         workers = 1 if template is None else suitable_workers(core, images, threads)
         full.workers = workers
+        full.original = _one_at_a_time(model)
         if engine.precision == "32" or images.dtype == torch.float64:
             yield full
             return
         network = FrozenNetwork(
             model if half is None else half, folded=half is not None, low_precision=True
         )
-        network.exact, network.workers = full, workers
+        network.exact, network.workers, network.original = full, workers, full.original
         yield network
+
+
+def _one_at_a_time(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model, never called by two threads at once: it may hold state of its own."""
+    lock = threading.Lock()
+
+    def call(images: Tensor) -> Tensor:
+        with lock:
+            logits: Tensor = model(images)
+            return logits
+
+    return call
 
 
 def probe(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -110,6 +111,13 @@ class Ball:
         """Norm of each sample's variable, (B,)."""
         return geometry.size(points, self.norm)
 
+    def scaled(self, factor: float) -> Ball:
+        """An l1 ball with its radius multiplied; a ball of another norm as it is."""
+        if self.norm != "l1" or factor == 1:
+            return self
+        common = None if self.common is None else factor * self.common
+        return replace(self, radius=factor * self.radius, common=common)
+
     def keep(self, mask: Tensor) -> Ball:
         """The ball of the selected samples."""
         low = None if self.low is None else self.low[mask]
@@ -133,6 +141,12 @@ class Region(ABC):
     @abstractmethod
     def keep(self, mask: Tensor) -> Region:
         """The region of the samples selected by ``mask``, (B,) bool."""
+
+    def scaled(self, factor: float) -> Region:
+        """The same region with the radius of its l1 balls multiplied; boxes stay."""
+        larger = copy.copy(self)
+        larger.balls = {name: ball.scaled(factor) for name, ball in self.balls.items()}
+        return larger
 
     def zero(self) -> Variables:
         """No perturbation."""

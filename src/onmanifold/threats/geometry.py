@@ -13,7 +13,7 @@ from torch import Tensor
 from onmanifold.foundation import randomness
 
 Norm = Literal["linf", "l2", "l1"]
-Start = Literal["zero", "uniform", "distance"]
+Start = Literal["zero", "uniform", "distance", "surface"]
 
 # Share of the coordinates among which an l1 step is spread (Tramèr and Boneh 2019, arXiv:1904.13000).
 _L1_SHARE = 0.01
@@ -62,25 +62,27 @@ def project(
 def _shrink_l2(points: Tensor, radius: Tensor, room: Tensor | None) -> Tensor:
     """Rows outside ball ∩ box: clip(s·v) with the s in (0, 1) at which the norm is the radius.
 
-    The squared norm of clip(s·v) grows with s and is quadratic between the values of s at which a
-    coordinate meets its bound; sorting these finds the piece, and the piece gives s in closed form.
+    Where the set of coordinates at their bound is known, s has a closed form. Beginning with none, each step takes
+    those to their bound that the last s leads beyond it; s only grows, and is exact once no more follow.
     """
-    magnitude = points.abs().double()
-    squares, limit = magnitude.square(), radius.double().square().unsqueeze(1)
+    limit = radius.square().unsqueeze(1)
+    squares = points.square()
+    scale = (limit / squares.sum(1, keepdim=True)).sqrt()
     if room is None:
-        scale = (limit / squares.sum(1, keepdim=True)).sqrt()
-        return points * scale.to(points.dtype)
-    bound = room.double()
-    meets = torch.where(magnitude > 0, bound / magnitude, torch.inf)
-    meets, order = meets.sort(dim=1)
-    bounds, squares = bound.square().gather(1, order), squares.gather(1, order)
-    met = bounds.cumsum(1) - bounds
-    free = squares.flip(1).cumsum(1).flip(1)
-    reached = met + meets.square() * free >= limit
-    piece = reached.int().argmax(1, keepdim=True)
-    scale = ((limit - met.gather(1, piece)).clamp(min=0) / free.gather(1, piece)).sqrt()
-    shrunk = torch.minimum(magnitude * scale, bound)
-    return torch.copysign(shrunk.to(points.dtype), points)
+        return points * scale
+    magnitude, bounds = points.abs(), room.square()
+    count = torch.full_like(radius, -1)
+    while True:
+        met = magnitude * scale >= room
+        # In one pass over the coordinates: what those at their bound use up, and how long the others are.
+        used = torch.where(met, bounds, 0.0).sum(1, keepdim=True)
+        free = torch.where(met, 0.0, squares).sum(1, keepdim=True)
+        larger = ((limit - used).clamp(min=0) / free).sqrt()
+        scale = torch.where(free > 0, larger.maximum(scale), scale)
+        before, count = count, met.sum(1).to(count)
+        if torch.equal(before, count):
+            break
+    return torch.copysign(torch.minimum(magnitude * scale, room), points)
 
 
 def _shrink_l1(points: Tensor, radius: Tensor, room: Tensor | None) -> Tensor:
@@ -173,7 +175,8 @@ def random_points(
         norm: The ball's norm.
         radius: (B,).
         start: "uniform": uniform in the ball's volume; "distance": distance uniform in [0, radius] and
-            direction that of a Gaussian (Disentangling eq. 19); "zero": the centre.
+            direction that of a Gaussian (Disentangling eq. 19); "zero": the centre; "surface": as APGD
+            starts, at the largest distance (for l1 a Gaussian point, to be projected on the ball).
         seed: With ``indices`` (B,) and ``stream`` determines the point, for any batch and device.
         indices: (B,) int64.
         stream: Names the variable and the restart.
@@ -185,6 +188,9 @@ def random_points(
     if start == "uniform" and norm == "linf":
         draw = randomness.uniform(seed, indices, (count,), stream=stream, dtype=dtype)
         return (2.0 * draw - 1.0) * limit
+    if start == "surface" and norm == "linf":
+        draw = 2.0 * randomness.uniform(seed, indices, (count,), stream=stream, dtype=dtype) - 1.0
+        return draw / size(draw, norm).unsqueeze(1) * limit
     share = randomness.uniform(seed, indices, (1,), stream=stream + "/distance", dtype=dtype)
     if start == "uniform" and norm == "l1":
         # Uniform in the l1 ball: signed exponentials over their sum and one more exponential.
@@ -196,7 +202,11 @@ def random_points(
         points = signs * lengths[:, :count] / lengths.sum(1, keepdim=True)
         return points.to(dtype) * limit
     direction = randomness.normal(seed, indices, (count,), stream=stream, dtype=dtype)
+    if start == "surface" and norm == "l1":
+        return torch.where(limit > 0, direction, 0.0)
     direction = direction / size(direction, norm).unsqueeze(1)
+    if start == "surface":
+        return direction * limit
     distance = share ** (1.0 / count) if start == "uniform" else share
     return direction * distance * limit
 

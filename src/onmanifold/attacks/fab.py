@@ -1,0 +1,282 @@
+"""Fast adaptive boundary attack: the nearest misclassified image (Croce and Hein 2020, arXiv:1907.02044)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onmanifold.attacks.base import Attack, Found, Search
+from onmanifold.attacks.engine import FrozenNetwork
+from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.registry import ATTACKS
+from onmanifold.objectives import BoundObjective, Margin, likeliest_others
+from onmanifold.threats import geometry
+from onmanifold.threats.base import Ball
+from onmanifold.threats.geometry import Norm
+from onmanifold.threats.image import ImageRegion
+
+# Newton steps to a hyperplane within a box; each but the last takes at least one coordinate to its bound.
+_NEWTON_STEPS = 50
+_LEAST = 1e-30
+
+
+@ATTACKS.register("fab")
+@dataclass(frozen=True)
+class FAB(Attack):
+    """Fast adaptive boundary attack: steps to the linearised boundary that stay close to the image.
+
+    It looks for the smallest perturbation, whatever the radius; only one within the radius is a success. Images
+    only, in linf, l2 and l1. The reported objective is minus the norm of the smallest perturbation found.
+
+    Attributes:
+        steps: For each target and restart.
+        targets: How many classes to aim at in turn, the most likely ones of the clean image (FAB-T); None: at
+            each step the nearest boundary of all classes, at the cost of a backward pass for each.
+        restarts: The first begins at the image, the others at random points around it.
+        largest_pull: Largest weight of the image's own projection (α_max).
+        overshoot: How far steps go beyond the boundary (η).
+        backward_step: Share of its perturbation that a misclassified point keeps (β).
+        early_stop: Whether a sample leaves with its first success within the radius; False: the smallest
+            perturbation is looked for to the end.
+    """
+
+    steps: int = 100
+    targets: int | None = 9
+    restarts: int = 1
+    largest_pull: float = 0.1
+    overshoot: float = 1.05
+    backward_step: float = 0.9
+    early_stop: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+        if self.targets is not None and self.targets < 1:
+            raise InputError(f"targets: expected at least 1 or None, found {self.targets}.")
+        for name in ("largest_pull", "backward_step"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(
+                    f"{name}: expected a number in [0, 1], found {getattr(self, name)}."
+                )
+        if not self.overshoot >= 1:
+            raise InputError(f"overshoot: expected at least 1, found {self.overshoot}.")
+
+    def bind(
+        self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None
+    ) -> BoundObjective:
+        """Any misclassification counts."""
+        return Margin().bind(network, images, labels, targets)
+
+    def search(self, search: Search) -> Found:
+        """For each target and restart, steps from the image; the smallest perturbation is kept."""
+        region = search.region
+        if not isinstance(region, ImageRegion):
+            raise InputError(
+                "threat: FAB measures distances between images; expected an ImageBall."
+            )
+        logits = search.network(search.images)
+        smallest = _Smallest(search, region.balls["image"], self.early_stop)
+        smallest.offer(torch.arange(len(logits), device=logits.device), search.images, logits)
+        aims = (
+            None if self.targets is None else likeliest_others(logits, search.labels, self.targets)
+        )
+        for restart in range(self.restarts):
+            for turn in range(1 if aims is None else aims.shape[1]):
+                walk = smallest.remaining()
+                if len(walk) == 0:
+                    break
+                aim = None if aims is None else aims[walk, turn]
+                self._walk(smallest, walk, aim, restart)
+        return smallest.found()
+
+    def _walk(self, smallest: _Smallest, walk: Tensor, aim: Tensor | None, restart: int) -> None:
+        """All steps of the samples at positions ``walk`` towards one class each, or to the nearest boundary."""
+        search, norm = smallest.search, smallest.norm
+        origin, labels = search.images[walk], search.labels[walk]
+        points = smallest.start(walk, restart)
+        for _ in range(self.steps):
+            slope, missing = _plane(search.network, points, labels, aim, norm)
+            points = self._step(points, origin, slope, missing, norm)
+            logits = search.network(points)
+            smallest.forwards[walk] += 2
+            smallest.backwards[walk] += 1 if aim is not None else logits.shape[1]
+            crossed = logits.argmax(1) != labels
+            if not bool(crossed.any()):
+                continue
+            smallest.offer(walk, points, logits)
+            back = torch.lerp(origin, points, self.backward_step)
+            points = torch.where(crossed.view(-1, 1, 1, 1), back, points)
+            left = smallest.under_way[walk]
+            if not bool(left.all()):
+                walk, points, origin, labels = walk[left], points[left], origin[left], labels[left]
+                aim = None if aim is None else aim[left]
+                if len(walk) == 0:
+                    return
+
+    def _step(
+        self, points: Tensor, origin: Tensor, slope: Tensor, missing: Tensor, norm: Norm
+    ) -> Tensor:
+        """Between the projections of the point and of the image on the linearised boundary, a little beyond."""
+        both = torch.cat([points.flatten(1), origin.flatten(1)])
+        # Both look for the same hyperplane, which already rose or fell between them.
+        from_origin = missing - (slope * (origin - points).flatten(1)).sum(1)
+        moves = reach(both, slope.repeat(2, 1), torch.cat([missing, from_origin]), norm)
+        near, far = geometry.size(moves, norm).clamp(min=1e-8).chunk(2)
+        pull = (near / (near + far)).clamp(max=self.largest_pull).unsqueeze(1)
+        ahead, anew = both.add_(moves, alpha=self.overshoot).chunk(2)
+        return torch.lerp(ahead, anew, pull).clamp_(0, 1).view_as(points)
+
+
+class _Smallest:
+    """The smallest perturbation of each sample so far, and the passes spent on it."""
+
+    def __init__(self, search: Search, ball: Ball, early_stop: bool) -> None:
+        self.search, self.norm, self.radius, self.early_stop = (
+            search,
+            ball.norm,
+            ball.radius,
+            early_stop,
+        )
+        self.points = search.images
+        self.length = torch.full_like(ball.radius, torch.inf)
+        self.forwards = torch.ones_like(search.labels, dtype=torch.int32)
+        self.backwards = torch.zeros_like(self.forwards)
+
+    @property
+    def under_way(self) -> Tensor:
+        """(B,) bool: which samples are still searched; those misclassified as they are never are."""
+        return self.length > (self.radius if self.early_stop else 0)
+
+    def remaining(self) -> Tensor:
+        """Positions of the samples that are still searched."""
+        return self.under_way.nonzero().squeeze(1)
+
+    def start(self, walk: Tensor, restart: int) -> Tensor:
+        """The images; at a restart, points around them, at most half as far as what counts."""
+        images = self.search.images[walk]
+        if restart == 0:
+            return images
+        distance = self.length[walk].minimum(self.radius[walk]) / 2
+        points = geometry.random_points(
+            images[0].numel(),
+            self.norm,
+            distance,
+            "surface",
+            self.search.seed,
+            self.search.indices[walk],
+            f"start/image/{restart}",
+        )
+        points = geometry.project(points, self.norm, distance, None, None)
+        return (images + points.view_as(images)).clamp(0, 1)
+
+    def offer(self, walk: Tensor, points: Tensor, logits: Tensor) -> None:
+        """Keep the points that are misclassified and nearer than those before."""
+        length = geometry.size(points - self.search.images[walk], self.norm)
+        better = (logits.argmax(1) != self.search.labels[walk]) & (length < self.length[walk])
+        rows = walk[better]
+        self.points = self.points.index_copy(0, rows, points[better])
+        self.length = self.length.index_copy(0, rows, length[better])
+
+    def found(self) -> Found:
+        """The points within the radius; the image itself where there is none."""
+        change = self.points - self.search.images
+        inside = (self.length <= self.radius).view(-1, 1, 1, 1)
+        return Found(
+            {"image": torch.where(inside, change, 0.0)},
+            -self.length,
+            self.forwards,
+            self.backwards,
+        )
+
+
+def _plane(
+    network: Callable[[Tensor], Tensor],
+    points: Tensor,
+    labels: Tensor,
+    aim: Tensor | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor]:
+    """The linearised boundary: its slope (B, D), and how much of z_aim − z_y is missing to it, (B,).
+
+    Without an aim it is that of all classes which is nearest in the norm.
+    """
+    with torch.enable_grad():
+        leaf = points.detach().requires_grad_()
+        logits = network(leaf)
+        own = logits.gather(1, labels.unsqueeze(1))
+        if aim is not None:
+            lead = (logits.gather(1, aim.unsqueeze(1)) - own).squeeze(1)
+            slope = torch.autograd.grad(lead, leaf, torch.ones_like(lead))[0].flatten(1)
+            return slope, -lead.detach()
+        leads = logits - own
+        slopes = torch.stack(
+            [
+                torch.autograd.grad(lead.sum(), leaf, retain_graph=True)[0].flatten(1)
+                for lead in leads.unbind(1)
+            ],
+            dim=1,
+        )
+    dual = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
+    steepness = torch.linalg.vector_norm(slopes, ord=dual, dim=2).clamp(min=1e-12)
+    distance = (leads.detach().abs() / steepness).scatter(1, labels.unsqueeze(1), torch.inf)
+    nearest = distance.argmin(1)
+    rows = torch.arange(len(labels), device=labels.device)
+    return slopes[rows, nearest], -leads.detach()[rows, nearest]
+
+
+def reach(points: Tensor, slope: Tensor, rise: Tensor, norm: Norm) -> Tensor:
+    """The smallest move within [0, 1] that rises by ``rise`` along ``slope``; as far as it goes where it cannot.
+
+    Args:
+        points: (B, D) in [0, 1].
+        slope: (B, D).
+        rise: (B,) wanted inner product of slope and move.
+        norm: In which the move is smallest.
+
+    Returns:
+        (B, D).
+    """
+    direction = slope * rise.sign().unsqueeze(1)
+    steepness, wanted = direction.abs(), rise.abs()
+    room = torch.where(direction > 0, 1 - points, points)
+    moves = (
+        _reach_l1(steepness, room, wanted)
+        if norm == "l1"
+        else (_reach_level(steepness, room, wanted, steepness if norm == "l2" else None))
+    )
+    return torch.copysign(moves, direction)
+
+
+def _reach_level(steepness: Tensor, room: Tensor, wanted: Tensor, pace: Tensor | None) -> Tensor:
+    """Moves min(level · pace, room) that rise by ``wanted`` (B,); pace None: 1 everywhere.
+
+    The rise is concave and piecewise linear in the level, so that Newton's method from below ends on it after
+    finitely many steps, without sorting.
+    """
+    full = steepness * room
+    gain = steepness if pace is None else steepness * pace
+    wanted = wanted.unsqueeze(1)
+    level = wanted / gain.sum(1, keepdim=True).clamp(min=_LEAST)
+    for _ in range(_NEWTON_STEPS):
+        free = (level < room) if pace is None else (level * pace < room)
+        missing = wanted - torch.where(free, 0.0, full).sum(1, keepdim=True)
+        rate = torch.where(free, gain, 0.0).sum(1, keepdim=True)
+        higher = (missing / rate.clamp(min=_LEAST)).maximum(level)
+        if bool((higher <= level * (1 + 1e-6)).all()):
+            break
+        level = higher
+    return torch.minimum(level if pace is None else level * pace, room)
+
+
+def _reach_l1(steepness: Tensor, room: Tensor, wanted: Tensor) -> Tensor:
+    """Moves that use up the room of the steepest coordinates first, (B, D)."""
+    order = steepness.argsort(dim=1, descending=True)
+    rises = (steepness * room).gather(1, order)
+    missing = (wanted.unsqueeze(1) - (rises.cumsum(1) - rises)).clamp(min=0)
+    share = torch.where(rises > 0, missing / rises.clamp(min=_LEAST), 0.0).clamp(max=1)
+    return torch.zeros_like(room).scatter(1, order, share * room.gather(1, order))

@@ -14,9 +14,13 @@ from .classifiers import load_classifier as load_classifier
 from .classifiers import save_classifier as save_classifier
 from .data import Augmentation as Augmentation
 from .data import Dataset as Dataset
+from .data import corrupt as corrupt
+from .data import corrupted as corrupted
 from .data import load_dataset as load_dataset
+from .evaluation import CorruptionResult as CorruptionResult
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .evaluation import evaluate_corruptions as evaluate_corruptions
 from .foundation.errors import OnManifoldError as OnManifoldError
 from .manifolds import FontsManifold as FontsManifold
 from .manifolds import Manifold as Manifold

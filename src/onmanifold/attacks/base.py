@@ -206,7 +206,7 @@ class Attack(Component, ABC):
             _check_bounds(region, found.variables, rendered)
             adversarial = rendered.clamp(0, 1).to(images.dtype).contiguous()
         with untouched(model, seed):
-            success, predictions = verdict(model, adversarial, objective, random)
+            success, predictions = judged(model, adversarial, objective, random)
         return AttackResult(
             images=adversarial,
             success=success,
@@ -285,7 +285,7 @@ class Attack(Component, ABC):
         return indices
 
 
-def verdict(
+def judged(
     model: Callable[[Tensor], Tensor], images: Tensor, objective: BoundObjective, random: bool
 ) -> tuple[Tensor, Tensor]:
     """Success (B,) bool and predictions (B,) of images, in full precision.

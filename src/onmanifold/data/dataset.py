@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import InputError
+
+Transform = Callable[[Tensor, Tensor], Tensor]
+"""What is done to the images (B, C, H, W) of a batch, given the identities (B,) of its samples."""
 
 
 class Batch(NamedTuple):
@@ -35,13 +39,16 @@ class Dataset:
 
     Attributes:
         name: Short name for tables.
-        images: (N, C, H, W), uint8, or float32 in [0, 1]; may be memory-mapped.
+        images: (N, C, H, W), uint8, or float32 in [0, 1]; may be memory-mapped. As they are stored: `batch`
+            gives them as they are meant to be seen.
         labels: (N,) int64.
         classes: The names of the classes.
         fingerprint: A digest of what made the set; runs are keyed by it.
         codes: (N, code_size) float32 codes of the images on their manifold, or None.
         indices: (N,) int64 identities of the samples. They survive `subset` and `split` and seed what is
             random per sample. None: 0 to N − 1.
+        transforms: What `batch` does to the images, one after the other. The size of the images stays; whoever
+            adds a transform makes the fingerprint another one.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Dataset:
     fingerprint: str
     codes: Tensor | None = None
     indices: Tensor = None  # type: ignore[assignment]
+    transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype not in (torch.uint8, torch.float32):
@@ -95,7 +103,10 @@ class Dataset:
         chosen = (self.images[positions], self.labels[positions], self.indices[positions])
         images, labels, indices = (tensor.to(device or tensor.device) for tensor in chosen)
         codes = None if self.codes is None else self.codes[positions].to(images.device)
-        return Batch(as_floats(images), labels, codes, indices)
+        images = as_floats(images)
+        for transform in self.transforms:
+            images = transform(images, indices)
+        return Batch(images, labels, codes, indices)
 
     def subset(self, positions: Tensor) -> Dataset:
         """The samples at ``positions``, with their identities."""

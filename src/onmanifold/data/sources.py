@@ -74,10 +74,11 @@ def load_dataset(name: str, split: str = "test", **options: Any) -> Dataset:
     It is looked for as ``$ONMANIFOLD_DATA/<name>/<split>-*.parquet``, else fetched from the Hugging Face hub.
 
     Args:
-        name: "fashion_mnist", "mnist", "emnist", "cifar10", "cifar100", "svhn", "celeba", "imagefolder"
-            or "fonts".
+        name: "fashion_mnist", "mnist", "emnist", "cifar10", "cifar100", "svhn", "celeba", "imagefolder",
+            "fonts", "cifar10_c" or "cifar100_c".
         split: "train" or "test".
-        options: The dataset's own, such as ``size`` and ``seed`` of "fonts" or ``folder`` of "imagefolder".
+        options: The dataset's own, such as ``size`` and ``seed`` of "fonts", ``folder`` of "imagefolder", or
+            ``corruption`` and ``severity`` of "cifar10_c".
 
     Raises:
         ConfigError: Unknown name, split or option.

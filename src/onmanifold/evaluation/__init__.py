@@ -1,5 +1,6 @@
 """What attacks do to a model on a dataset: a ledger with a row per sample and attack, and its statistics."""
 
+from onmanifold.evaluation.corruptions import CorruptionResult, evaluate_corruptions
 from onmanifold.evaluation.ledger import STANDARD, WORST_CASE, Evaluation
 from onmanifold.evaluation.recheck import recheck
 from onmanifold.evaluation.runner import evaluate
@@ -17,12 +18,14 @@ from onmanifold.evaluation.statistics import (
 __all__ = [
     "STANDARD",
     "WORST_CASE",
+    "CorruptionResult",
     "Estimate",
     "Evaluation",
     "Interval",
     "PairedComparison",
     "compare_paired",
     "evaluate",
+    "evaluate_corruptions",
     "mean_interval",
     "model_digest",
     "recheck",

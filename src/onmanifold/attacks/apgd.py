@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onmanifold.attacks.core import Best, Point, Walk, evaluate, fooled_of, going_on, selected
+from onmanifold.attacks.core import (
+    Best,
+    Point,
+    Walk,
+    evaluate,
+    fooled_of,
+    going_on,
+    replace_rows,
+    selected,
+)
 from onmanifold.attacks.gradient import GradientAttack
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
@@ -196,11 +205,12 @@ class _State:
             support = {name: _support(start[name]) for name in sparse}
             moving = {name: count / _L1_NARROWING for name, count in support.items()}
         return _State(
-            {**start},
-            {**start},
-            {**gradients},
-            {**start},
-            {**gradients},
+            # Copies: the state is changed in place.
+            _copies(start),
+            start,
+            _copies(gradients),
+            _copies(start),
+            gradients,
             values,
             values,
             {
@@ -252,10 +262,10 @@ class _State:
         self.steps += 1
         self.value = values
         self.best_value = torch.where(improved, values, self.best_value)
-        self.best = _where(improved, self.variables, self.best)
+        replace_rows(self.best, self.variables, improved)
         if gradients is not None:
             self.gradients = gradients
-            self.best_gradients = _where(improved, gradients, self.best_gradients)
+            replace_rows(self.best_gradients, gradients, improved)
 
     def check(self, rising_share: float) -> None:
         """Halve the step sizes of the samples that make no progress, and send them back to their best points."""
@@ -281,12 +291,11 @@ class _State:
             self._go_back(sparser, [name])
 
     def _go_back(self, mask: Tensor, names: list[str]) -> None:
-        for name in names:
-            column = _column(mask, self.variables[name])
-            self.variables[name] = torch.where(column, self.best[name], self.variables[name])
-            self.gradients[name] = torch.where(
-                column, self.best_gradients[name], self.gradients[name]
-            )
+        for now, best in (
+            (self.variables, self.best),
+            (self.gradients, self.best_gradients),
+        ):
+            replace_rows(now, {name: best[name] for name in names}, mask)
 
 
 def _sparse_step(points: Tensor, gradients: Tensor, step_size: Tensor, moving: Tensor) -> Tensor:
@@ -294,7 +303,7 @@ def _sparse_step(points: Tensor, gradients: Tensor, step_size: Tensor, moving: T
     slope = gradients.flatten(1)
     largest = slope.abs().sort(dim=1, descending=True).values
     last = moving.long().clamp(0, slope.shape[1] - 1)
-    signs = torch.where(slope.abs() >= largest.gather(1, last.unsqueeze(1)), slope.sign(), 0.0)
+    signs = slope.sign() * (slope.abs() >= largest.gather(1, last.unsqueeze(1)))
     count = signs.abs().sum(1).clamp(min=1)
     return points + ((step_size / count).unsqueeze(1) * signs).view_as(points)
 
@@ -307,11 +316,5 @@ def _support(points: Tensor) -> Tensor:
     return (points != 0).flatten(1).sum(1).to(points.dtype)
 
 
-def _where(mask: Tensor, new: Variables, old: Variables) -> Variables:
-    return {
-        name: torch.where(_column(mask, tensor), tensor, old[name]) for name, tensor in new.items()
-    }
-
-
-def _column(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (like.ndim - 1))
+def _copies(variables: Variables) -> Variables:
+    return {name: tensor.clone() for name, tensor in variables.items()}

@@ -94,7 +94,7 @@ class Best:
         found.objective[positions] = torch.fmax(found.objective[positions], values)
         rows = positions[better]
         for name, new in variables.items():
-            found.variables[name] = found.variables[name].index_copy(0, rows, new[better])
+            found.variables[name].index_copy_(0, rows, new[better])
 
     def _offer_all(self, variables: Variables, values: Tensor, fooled: Tensor | None) -> None:
         """The same where no sample has left: without the cost of indexing."""
@@ -104,9 +104,7 @@ class Best:
             self.fooled = self.fooled | fooled
         self.value = torch.where(better, values, self.value)
         found.objective = torch.fmax(found.objective, values)
-        for name, new in variables.items():
-            column = better.view(-1, *[1] * (new.ndim - 1))
-            found.variables[name] = torch.where(column, new, found.variables[name])
+        replace_rows(found.variables, variables, better)
 
     def _better(
         self, kept: Tensor, was: Tensor, values: Tensor, fooled: Tensor | None
@@ -218,6 +216,19 @@ def going_on(
     # A second forward pass of few costs less than the backward pass of all.
     walk = walk.keep(left)
     return left, walk, evaluate(walk, selected(variables, left), differentiable=True).gradients()
+
+
+def replace_rows(kept: Variables, new: Variables, mask: Tensor) -> None:
+    """Overwrite the rows of ``kept`` that are in the mask with those of ``new``."""
+    if mask.is_cuda:
+        # Which rows they are would have to be waited for.
+        for name, tensor in new.items():
+            column = mask.view(-1, *[1] * (tensor.ndim - 1))
+            torch.where(column, tensor, kept[name], out=kept[name])
+        return
+    rows = mask.nonzero().squeeze(1)
+    for name, tensor in new.items():
+        kept[name].index_copy_(0, rows, tensor.index_select(0, rows))
 
 
 def selected(variables: Variables, mask: Tensor) -> Variables:

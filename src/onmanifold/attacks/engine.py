@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from onmanifold.attacks import folding
 from onmanifold.attacks.threads import own_threads, suitable_threads, suitable_workers
 from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.memory import keep_freed_memory
 from onmanifold.foundation.registry import Component
 
 Precision = Literal["32", "bf16"]
@@ -172,6 +173,8 @@ def frozen(
         InputError: The model does not take such images, or gives no (B, K) logits.
     """
     core = unwrapped(model)
+    if not images.is_cuda:
+        keep_freed_memory()
     threads = engine.threads or torch.get_num_threads()
     with untouched(model, seed), own_threads(engine.threads or suitable_threads(core, images)):
         template = _folded(core, images, check) if engine.fold else None

@@ -109,8 +109,9 @@ class FAB(Attack):
             if not bool(crossed.any()):
                 continue
             smallest.offer(walk, points, logits)
-            back = torch.lerp(origin, points, self.backward_step)
-            points = torch.where(crossed.view(-1, 1, 1, 1), back, points)
+            rows = crossed.nonzero().squeeze(1)
+            back = torch.lerp(origin[rows], points[rows], self.backward_step)
+            points = points.index_copy(0, rows, back)
             left = smallest.under_way[walk]
             if not bool(left.all()):
                 walk, points, origin, labels = walk[left], points[left], origin[left], labels[left]
@@ -221,8 +222,8 @@ def _plane(
             ],
             dim=1,
         )
-    dual = {"linf": 1.0, "l2": 2.0, "l1": float("inf")}[norm]
-    steepness = torch.linalg.vector_norm(slopes, ord=dual, dim=2).clamp(min=1e-12)
+    dual: Norm = {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]  # type: ignore[assignment]
+    steepness = geometry.size(slopes.flatten(0, 1), dual).view_as(leads).clamp(min=1e-12)
     distance = (leads.detach().abs() / steepness).scatter(1, labels.unsqueeze(1), torch.inf)
     nearest = distance.argmin(1)
     rows = torch.arange(len(labels), device=labels.device)
@@ -243,7 +244,7 @@ def reach(points: Tensor, slope: Tensor, rise: Tensor, norm: Norm) -> Tensor:
     """
     direction = slope * rise.sign().unsqueeze(1)
     steepness, wanted = direction.abs(), rise.abs()
-    room = torch.where(direction > 0, 1 - points, points)
+    room = ((direction > 0).to(points.dtype) - points).abs()
     moves = (
         _reach_l1(steepness, room, wanted)
         if norm == "l1"
@@ -263,9 +264,10 @@ def _reach_level(steepness: Tensor, room: Tensor, wanted: Tensor, pace: Tensor |
     wanted = wanted.unsqueeze(1)
     level = wanted / gain.sum(1, keepdim=True).clamp(min=_LEAST)
     for _ in range(_NEWTON_STEPS):
-        free = (level < room) if pace is None else (level * pace < room)
-        missing = wanted - torch.where(free, 0.0, full).sum(1, keepdim=True)
-        rate = torch.where(free, gain, 0.0).sum(1, keepdim=True)
+        # 1 where there is room left, else 0; arithmetic is much faster than masks here.
+        free = (room - (level if pace is None else level * pace)).sign().clamp(min=0)
+        missing = wanted - torch.linalg.vecdot(full, 1 - free).unsqueeze(1)
+        rate = torch.linalg.vecdot(gain, free).unsqueeze(1)
         higher = (missing / rate.clamp(min=_LEAST)).maximum(level)
         if bool((higher <= level * (1 + 1e-6)).all()):
             break

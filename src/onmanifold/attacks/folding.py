@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import fusion
 
+from onmanifold.attacks.input_convolution import InputConvolution
+
 logger = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -103,6 +105,9 @@ class Template:
                 owner, _, leaf = name.rpartition(".")
                 if name not in folded and owner in ours and hasattr(ours[owner], leaf):
                     _place(ours[owner], leaf, source.detach())
+            for module in ours.values():
+                if isinstance(module, InputConvolution):
+                    module.refresh()
         return self.graph
 
 
@@ -160,6 +165,7 @@ def _trace(model: nn.Module) -> Template | None:
     graph = graphs[0]
     pairs = _fold_norms(graph)
     _relu_in_place(graph)
+    _speed_up_input(graph)
     graph.graph.lint()
     graph.recompile()
     for parameter in graph.parameters():
@@ -249,6 +255,14 @@ def _relu_in_place(graph: fx.GraphModule) -> None:
                 inplace = graph.graph.call_function(torch.relu_, (before,))
             node.replace_all_uses_with(inplace)
             graph.graph.erase_node(node)
+
+
+def _speed_up_input(graph: fx.GraphModule) -> None:
+    """Give the convolutions of the image a faster gradient."""
+    for name, module in list(graph.named_modules()):
+        if InputConvolution.suits(module):
+            owner, _, leaf = name.rpartition(".")
+            setattr(graph.get_submodule(owner), leaf, InputConvolution(module))
 
 
 def _place(owner: nn.Module, name: str, value: Tensor) -> None:

@@ -96,8 +96,8 @@ class Ball:
     def project(self, points: Tensor) -> Tensor:
         """The nearest point of ball ∩ box."""
         if self.norm == "linf":
-            if self.low is not None:
-                return torch.clamp(points, self.low, self.high)
+            if self.low is not None and self.high is not None:
+                return geometry.clip(points, self.low, self.high)
             if self.common is not None:
                 return points.clamp(-self.common, self.common)
         projected = geometry.project(points.flatten(1), self.norm, self.radius, self.low, self.high)

@@ -16,6 +16,7 @@ from onmanifold.attacks.engine import untouched
 from onmanifold.attacks.threads import own_threads, suitable_threads
 from onmanifold.classifiers import build_classifier
 from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.memory import keep_freed_memory
 from onmanifold.foundation.registry import METHODS, Context, build_component, describe
 from onmanifold.training.checkpoint import weights_digest
 from onmanifold.training.config import TrainingConfig
@@ -113,6 +114,8 @@ def train(
     files = None if directory is None else RunFiles(Path(directory), identity)
     with ExitStack() as stack:
         threads = config.threads
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
         if threads is None and fabric.device.type == "cpu":
             threads = _suitable_threads(classifier, dataset.image_shape, config.batch_size)
         stack.enter_context(own_threads(threads))

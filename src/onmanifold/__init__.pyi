@@ -31,9 +31,14 @@ from .objectives import KullbackLeibler as KullbackLeibler
 from .objectives import Margin as Margin
 from .objectives import TargetedCrossEntropy as TargetedCrossEntropy
 from .objectives import TargetedMargin as TargetedMargin
+from .threats import JPEG as JPEG
+from .threats import Elastic as Elastic
+from .threats import Fog as Fog
+from .threats import Gabor as Gabor
 from .threats import ImageBall as ImageBall
 from .threats import JointBall as JointBall
 from .threats import LatentBall as LatentBall
+from .threats import Snow as Snow
 from .threats import Threat as Threat
 from .threats import TransformationBall as TransformationBall
 from .training import DMAT as DMAT

@@ -13,6 +13,7 @@ NAMES = [
     "Attack",
     "AttackResult",
     "Augmentation",
+    "BudgetCurve",
     "Classifier",
     "CorruptionResult",
     "CrossEntropy",
@@ -47,7 +48,9 @@ NAMES = [
     "Threat",
     "TrainingConfig",
     "TrainingResult",
+    "Transfer",
     "TransformationBall",
+    "budget_curve",
     "build_classifier",
     "corrupt",
     "corrupted",
@@ -59,6 +62,9 @@ NAMES = [
     "project",
     "save_classifier",
     "train",
+    "transfer",
+    "uar",
+    "unseen_attacks",
 ]
 
 

@@ -17,10 +17,16 @@ from .data import Dataset as Dataset
 from .data import corrupt as corrupt
 from .data import corrupted as corrupted
 from .data import load_dataset as load_dataset
+from .evaluation import BudgetCurve as BudgetCurve
 from .evaluation import CorruptionResult as CorruptionResult
 from .evaluation import Evaluation as Evaluation
+from .evaluation import Transfer as Transfer
+from .evaluation import budget_curve as budget_curve
 from .evaluation import evaluate as evaluate
 from .evaluation import evaluate_corruptions as evaluate_corruptions
+from .evaluation import transfer as transfer
+from .evaluation import uar as uar
+from .evaluation import unseen_attacks as unseen_attacks
 from .foundation.errors import OnManifoldError as OnManifoldError
 from .manifolds import FontsManifold as FontsManifold
 from .manifolds import Manifold as Manifold

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -75,6 +76,46 @@ def test_sizes_of_both_variables(toys):
     assert frame.loc["JSA", "size_latent"].between(0, 0.05 + 1e-6).all()
     assert frame.loc["JSA", "size_image"].between(0, 0.02 + 1e-6).all()
     assert frame.loc["JSA", "size_image"].max() > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Relay(PGD):
+    """An attack of two members, the second of which finds every other sample that is found."""
+
+    registered_name = "relay"
+
+    @property
+    def members(self):
+        return "first", "second"
+
+    def search(self, search):
+        found = super().search(search)
+        fooled = search.objective.fooled(
+            search.network(search.region.render(found.variables).clamp(0, 1))
+        )
+        return dataclasses.replace(found, by=torch.where(fooled, search.indices % 2, -1))
+
+
+def test_the_ledger_names_the_member_that_fooled_the_model(toys, tmp_path):
+    model, dataset = toys.make_model(), toys.make_dataset()
+    attacks = {"plain": PGD(BALL, steps=3), "relay": Relay(BALL, steps=3)}
+    options = {"batch_size": 8, "directory": tmp_path}
+    evaluation = evaluate(model, dataset, attacks, **options)
+    columns = evaluation.ledger.select(["attack", "sample", "success", "found_by"]).to_pylist()
+    for row in columns:
+        found = row["attack"] == "relay" and row["success"]
+        assert row["found_by"] == (("first", "second")[row["sample"] % 2] if found else None)
+    assert {row["found_by"] for row in columns} == {"first", "second", None}
+    # One batch is lost, and one is from before there was the column: only the first is computed again.
+    folder = tmp_path / "shards" / evaluation.provenance["attacks"]["relay"]["key"]
+    (folder / "000001.parquet").unlink()
+    plain = tmp_path / "shards" / evaluation.provenance["attacks"]["plain"]["key"]
+    old = pq.read_table(plain / "000002.parquet")
+    pq.write_table(old.drop_columns(["found_by"]), plain / "000002.parquet")
+    before = (plain / "000002.parquet").read_bytes()
+    same(evaluate(model, dataset, attacks, **options).ledger, evaluation.ledger)
+    assert (plain / "000002.parquet").read_bytes() == before
+    assert (folder / "000001.parquet").exists()
 
 
 def test_the_model_is_left_as_it_was(toys):

@@ -11,7 +11,7 @@ from onmanifold.foundation.errors import DataError, InputError
 LABELS = np.array([0, 1, 2, 0, 1])
 
 
-def outcome(predictions, **sizes):
+def outcome(predictions, found_by=None, **sizes):
     predictions = np.array(predictions)
     return outcome_table(
         {
@@ -19,6 +19,7 @@ def outcome(predictions, **sizes):
             "label": LABELS,
             "adversarial_prediction": predictions,
             "success": predictions != LABELS,
+            "found_by": None if found_by is None else np.array(found_by, dtype=object),
             "objective": None,
             **{f"size_{name}": np.full(5, value) for name, value in sizes.items()},
             "forwards": np.arange(5, dtype=np.int32),
@@ -85,6 +86,7 @@ def test_ledger_has_a_row_per_sample_and_attack(evaluation):
         "clean_prediction",
         "adversarial_prediction",
         "success",
+        "found_by",
         "objective",
         "size_image",
         "size_latent",
@@ -95,6 +97,25 @@ def test_ledger_has_a_row_per_sample_and_attack(evaluation):
     assert frame["sample"].tolist() == [*range(100, 105)] * 2
     assert frame["size_latent"].isna().tolist() == [True] * 5 + [False] * 5
     assert evaluation.ledger["size_latent"].null_count == 5
+
+
+def test_ledger_names_the_member_that_fooled_the_model(tmp_path):
+    found_by = ["apgd-ce", None, None, "square", "clean"]
+    clean = outcome([0, 1, 2, 0, 2])
+    attacks = {"AA": outcome([1, 1, 2, 1, 2], found_by), "PGD": outcome([1, 1, 2, 1, 2])}
+    evaluation = Evaluation(ledger_of(clean, attacks, {}))
+    evaluation = Evaluation.load(evaluation.save(tmp_path / "ledger.parquet"))
+    assert evaluation.ledger.schema.field("found_by").type == pa.string()
+    assert evaluation.ledger["found_by"].to_pylist() == [*found_by, *[None] * 5]
+
+
+def test_ledgers_from_before_members_were_named_are_read(evaluation, tmp_path):
+    old = evaluation.ledger.drop_columns(["found_by"])
+    pq.write_table(old, tmp_path / "old.parquet")
+    again = Evaluation.load(tmp_path / "old.parquet")
+    assert again.ledger.equals(evaluation.ledger)
+    assert again.provenance == {"seed": 3}
+    assert Evaluation(old).accuracy("A") == evaluation.accuracy("A")
 
 
 def test_table(evaluation):

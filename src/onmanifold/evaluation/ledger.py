@@ -30,7 +30,8 @@ WORST_CASE = "worst case"
 """Name of the worst case over all attacks."""
 
 SIZE = "size_"
-_METADATA = b"onmanifold"
+FOUND_BY = "found_by"
+METADATA = b"onmanifold"
 _LEADING = {
     "sample": pa.int64(),
     "attack": pa.string(),
@@ -38,6 +39,7 @@ _LEADING = {
     "clean_prediction": pa.int64(),
     "adversarial_prediction": pa.int64(),
     "success": pa.bool_(),
+    FOUND_BY: pa.string(),
     "objective": pa.float64(),
 }
 _TRAILING = {"forwards": pa.int32(), "backwards": pa.int32()}
@@ -63,7 +65,7 @@ def ledger_of(
     ]
     merged = pa.concat_tables(parts, promote_options="default")
     schema = _schema(name for name in merged.column_names if name.startswith(SIZE))
-    schema = schema.with_metadata({_METADATA: json.dumps(provenance)})
+    schema = schema.with_metadata({METADATA: json.dumps(provenance)})
     return merged.select(schema.names).combine_chunks().cast(schema)
 
 
@@ -82,6 +84,18 @@ def outcome_table(columns: Mapping[str, npt.NDArray[Any] | None], count: int) ->
     return pa.table(arrays)
 
 
+def completed(table: pa.Table) -> pa.Table:
+    """A ledger, or a batch's outcome, with the columns that came later than it; their values are null.
+
+    >>> completed(pa.table({"success": [True]})).column_names
+    ['success', 'found_by']
+    """
+    if FOUND_BY in table.column_names or "success" not in table.column_names:
+        return table
+    place = table.column_names.index("success") + 1
+    return table.add_column(place, FOUND_BY, pa.nulls(len(table), pa.string()))
+
+
 def _schema(sizes: Any) -> pa.Schema:
     return pa.schema(_LEADING | {name: pa.float64() for name in sorted(sizes)} | _TRAILING)
 
@@ -96,9 +110,11 @@ class Evaluation:
 
     Attributes:
         ledger: A pyarrow table, a row per sample and attack: sample, attack, label, clean_prediction,
-            adversarial_prediction, success, objective, a column ``size_<variable>`` per perturbation variable
-            (null where the attack has none such), forwards, backwards. Where there was no attack it holds the
-            clean predictions, under the name "standard".
+            adversarial_prediction, success, found_by, objective, a column ``size_<variable>`` per perturbation
+            variable (null where the attack has none such), forwards, backwards. ``found_by`` names the member
+            of an attack made of several, such as `AutoAttack`, that fooled the model ("clean": none was
+            needed); it is null where none did, and for attacks without members. Where there was no attack the
+            ledger holds the clean predictions, under the name "standard".
     """
 
     def __init__(self, ledger: pa.Table) -> None:
@@ -138,7 +154,7 @@ class Evaluation:
     def provenance(self) -> dict[str, Any]:
         """What produced the ledger: dataset, model, seed, attacks."""
         stored: dict[str, Any] = json.loads(
-            (self.ledger.schema.metadata or {}).get(_METADATA, b"{}")
+            (self.ledger.schema.metadata or {}).get(METADATA, b"{}")
         )
         return stored
 
@@ -243,6 +259,8 @@ class Evaluation:
     ) -> Evaluation:
         """Read a ledger that `save` wrote, or one run's part of an experiment's ledger.
 
+        Ledgers from before there was the column ``found_by`` have nulls in it.
+
         Args:
             path: The Parquet file.
             method: In an experiment's ledger, whose classifier; needed there.
@@ -252,7 +270,7 @@ class Evaluation:
             DataError: The file is missing, truncated, or no ledger.
             InputError: An experiment's ledger without such a run.
         """
-        table = read_table(path)
+        table = completed(read_table(path))
         if {"method", "seed"} <= set(table.column_names):
             table = _part(table, method, seed)
         missing = [name for name in (*_LEADING, *_TRAILING) if name not in table.column_names]

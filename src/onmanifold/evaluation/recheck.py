@@ -1,21 +1,24 @@
-"""The self-check: is what was saved really adversarial?"""
+"""Saved images, tried again: on the model that they were made for, as a self-check, or on another."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from onmanifold.attacks.base import AttackResult, judged
 from onmanifold.attacks.engine import full_float32, probe, untouched, unwrapped
 from onmanifold.evaluation.ledger import STANDARD, Evaluation
 from onmanifold.evaluation.shards import LEDGER, Shards, model_digest
 from onmanifold.foundation.checks import check_images
 from onmanifold.foundation.errors import CheckpointError, DataError
+from onmanifold.objectives import CrossEntropy
 
 
 def recheck(model: nn.Module, directory: str | Path) -> pd.DataFrame:
@@ -74,3 +77,59 @@ def _right(
         labels = torch.from_numpy(evaluation.labels[start : start + len(samples)].copy())
         parts.append((logits.argmax(1).cpu() == labels).numpy())
     return np.concatenate(parts)
+
+
+class SavedImages:
+    """The images that an attack made on one model, as an attack on another.
+
+    Args:
+        directory: Where ``evaluate(..., directory=directory, save_images=True)`` put its results.
+        made: What it returned.
+        name: Which of its attacks.
+    """
+
+    def __init__(self, directory: Path, made: Evaluation, name: str) -> None:
+        facts = made.provenance
+        key, size = facts["attacks"][name]["key"], facts["batch_size"]
+        self.fingerprint = f"saved images {key}"
+        self.shards = Shards(directory, key)
+        samples = made.samples.tolist()
+        self.numbers: Mapping[tuple[int, ...], int] = {
+            tuple(samples[start : start + size]): number
+            for number, start in enumerate(range(0, len(samples), size))
+        }
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        codes: Tensor | None,
+        seed: int,
+        indices: Tensor,
+    ) -> AttackResult:
+        """What the model makes of the images saved for a batch.
+
+        Raises:
+            DataError: They are missing or damaged.
+        """
+        number = self.numbers[tuple(indices.tolist())]
+        saved, samples = self.shards.read_images(number)
+        if not torch.equal(samples, indices.cpu()) or saved.shape != images.shape:
+            raise DataError(f"{self.shards.folder}: the images of batch {number} are of others.")
+        saved = check_images(saved, "saved images").to(images)
+        with untouched(model, seed):
+            random = not torch.equal(probe(model, saved[:1]), probe(model, saved[:1]))
+            objective = CrossEntropy().bind(model, saved, labels)
+            success, predictions = judged(model, saved, objective, random)
+        once = torch.ones_like(labels, dtype=torch.int32)
+        return AttackResult(
+            images=saved,
+            success=success,
+            predictions=predictions,
+            objective=torch.full_like(saved.flatten(1)[:, 0], torch.nan),
+            size={},
+            forwards=once,
+            backwards=torch.zeros_like(once),
+            variables={},
+        )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -84,9 +86,9 @@ def evaluate(
         InputError: Something is of the wrong type, shape or range.
         DataError: The disk is full or cannot be written; finished batches are kept.
     """
-    _check(model, dataset, attacks, batch_size, directory, save_images)
+    check_arguments(model, dataset, attacks, batch_size, directory, save_images)
     processes = Processes(fabric)
-    network, device, dtype = _placed(model, fabric)
+    network, device, dtype = placed(model, fabric)
     facts, tasks = _plan(network, dataset, attacks, batch_size, seed, directory, save_images)
     work = _Work(network, dataset, batch_size, seed, device, dtype)
     failure: Exception | None = None
@@ -188,6 +190,7 @@ class _Work:
             batch,
             adversarial_prediction=predictions,
             success=predictions != batch.labels,
+            found_by=None,
             objective=None,
             forwards=torch.ones_like(predictions),
             backwards=torch.zeros_like(predictions),
@@ -202,6 +205,7 @@ class _Work:
             batch,
             adversarial_prediction=result.predictions,
             success=result.success,
+            found_by=result.found_by,
             objective=result.objective,
             **{SIZE + name: size for name, size in result.size.items()},
             forwards=result.forwards,
@@ -210,15 +214,18 @@ class _Work:
         return table, result.images
 
 
-def _rows(batch: Batch, **columns: Tensor | None) -> pa.Table:
+def _rows(batch: Batch, **columns: Tensor | tuple[str | None, ...] | None) -> pa.Table:
     columns = {"sample": batch.indices, "label": batch.labels, **columns}
     return outcome_table(
-        {
-            name: None if values is None else values.detach().cpu().numpy()
-            for name, values in columns.items()
-        },
-        len(batch.labels),
+        {name: _array(values) for name, values in columns.items()}, len(batch.labels)
     )
+
+
+def _array(values: Tensor | tuple[str | None, ...] | None) -> npt.NDArray[Any] | None:
+    if isinstance(values, Tensor):
+        array: npt.NDArray[Any] = values.detach().cpu().numpy()
+        return array
+    return None if values is None else np.array(values, dtype=object)
 
 
 def _plan(
@@ -255,7 +262,7 @@ def _plan(
     return facts, tasks
 
 
-def _placed(model: nn.Module, fabric: Fabric | None) -> tuple[nn.Module, torch.device, torch.dtype]:
+def placed(model: nn.Module, fabric: Fabric | None) -> tuple[nn.Module, torch.device, torch.dtype]:
     """The plain model on the device to work on, that device, and the dtype the model wants."""
     # Their wrappers' forward passes wait for the other processes, which may have another number of batches.
     network = unwrapped(model, compiled=False)
@@ -267,7 +274,7 @@ def _placed(model: nn.Module, fabric: Fabric | None) -> tuple[nn.Module, torch.d
     return (network if device == found else copy.deepcopy(network).to(device)), device, dtype
 
 
-def _check(
+def check_arguments(
     model: nn.Module,
     dataset: Dataset,
     attacks: Mapping[str, Attack],
@@ -275,6 +282,7 @@ def _check(
     directory: str | Path | None,
     save_images: bool,
 ) -> None:
+    """Raises InputError where the arguments of `evaluate` are wrong."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, found {type(model).__name__}.")
     if not hasattr(dataset, "batch"):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from onmanifold.evaluation.ledger import read_table, write_table
+from onmanifold.evaluation.ledger import completed, read_table, write_table
 from onmanifold.foundation.errors import DataError
 from onmanifold.foundation.files import write_atomically
 
@@ -83,7 +83,7 @@ class Shards:
         whole = metadata.get(_KEY) == self.key.encode()
         if not whole or not np.array_equal(table["sample"].to_numpy(), samples.numpy()):
             return None
-        return table.replace_schema_metadata(None)
+        return completed(table.replace_schema_metadata(None))
 
     def write(self, batch: int, table: pa.Table, images: Tensor | None = None) -> None:
         """Keep the outcome of a batch, and the attack's images (B, C, H, W) where they are wanted.

@@ -77,9 +77,9 @@ class Examples:
 
 def accuracy_figure(table: Table) -> Figure:
     """Accuracy of each method under each attack, with intervals."""
-    with _style():
+    with style():
         rows, methods = len(table.columns), list(table.rows)
-        figure, axes = _figure(8.8, 0.7 + 0.5 * rows)
+        figure, axes = new_figure(8.8, 0.7 + 0.5 * rows)
         spread = 0.62 / max(len(methods), 1)
         for number, method in enumerate(methods):
             offset = (number - (len(methods) - 1) / 2) * spread
@@ -104,7 +104,7 @@ def accuracy_figure(table: Table) -> Figure:
         axes.set(xlim=(-2, 102), ylim=(rows - 0.5, -0.5), xlabel="accuracy (%)")
         axes.set_yticks(range(rows), table.headings())
         axes.grid(axis="x")
-        _legend(figure, axes, len(methods))
+        add_legend(figure, axes, len(methods))
         return figure
 
 
@@ -130,8 +130,8 @@ def training_figure(
         return None
     from matplotlib.ticker import MaxNLocator
 
-    with _style():
-        figure, axes = _figure(3.3 * len(shown) + 0.4, 3.0, columns=len(shown))
+    with style():
+        figure, axes = new_figure(3.3 * len(shown) + 0.4, 3.0, columns=len(shown))
         panes: list[Axes] = list(np.atleast_1d(np.asarray(axes, dtype=object)))
         for pane, (title, (key, factor)) in zip(panes, shown.items(), strict=True):
             for number, (method, runs) in enumerate(histories.items()):
@@ -157,7 +157,7 @@ def training_figure(
             pane.set(title=title, xlabel="epoch")
             pane.grid()
             pane.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(figure, panes[0], len(histories))
+        add_legend(figure, panes[0], len(histories))
         return figure
 
 
@@ -197,14 +197,14 @@ def examples_figure(examples: Examples, attack: str) -> Figure:
         place = row * (height + line)
         mosaic[place : place + height, left : left + width] = picture
 
-    with _style():
+    with style():
         import matplotlib as mpl
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
 
         magnified = ScalarMappable(Normalize(0, top), mpl.colormaps["magma"])
         unit = 0.92 / width
-        figure, axes = _figure(unit * right + 1.1, unit * len(mosaic) + 0.85)
+        figure, axes = new_figure(unit * right + 1.1, unit * len(mosaic) + 0.85)
         axes.set_axis_off()
         axes.text(width / 2, -0.07 * height, "clean", ha="center", va="bottom", fontsize=8)
         for left, method in zip(lefts, methods, strict=True):
@@ -258,20 +258,23 @@ def _pixels(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([colours, np.ones_like(colours[..., :1])], axis=-1)
 
 
-def _style() -> Any:
+def style() -> Any:
+    """A context in which figures are drawn and saved in the house's style."""
     import matplotlib as mpl
 
     return mpl.rc_context(_STYLE)
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+    """An empty figure of so many inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
-def _legend(figure: Figure, axes: Axes, count: int) -> None:
+def add_legend(figure: Figure, axes: Axes, count: int) -> None:
+    """A legend of ``count`` entries above the axes."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -286,7 +289,7 @@ def _legend(figure: Figure, axes: Axes, count: int) -> None:
 def to_svg(figure: Figure) -> str:
     """The figure as a stand-alone SVG document; the same figure gives the same text."""
     buffer = io.StringIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
 
@@ -294,7 +297,7 @@ def to_svg(figure: Figure) -> str:
 def to_png(figure: Figure, resolution: int = 200) -> bytes:
     """The figure as PNG on white, ``resolution`` pixels per inch."""
     buffer = io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="png", dpi=resolution, facecolor="white")
     return buffer.getvalue()
 

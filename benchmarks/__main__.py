@@ -5,9 +5,10 @@ import os
 # Before torch starts its threads: idle ones sleep, which leaves a busy machine its processors.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from benchmarks import attacks, fonts, training
+from benchmarks import attacks, autoattack, fonts, training
 
 if __name__ == "__main__":
     fonts.main()
     attacks.main()
+    autoattack.main()
     training.main()

@@ -51,12 +51,12 @@ def trainer(
     return step
 
 
-def steps(name: str, shape: tuple[int, int, int], batch: int, radius: float) -> Calls:
+def steps(name: str, shape: tuple[int, int, int], batch: int, radius: float, device: str) -> Calls:
     """A training step by each way, by name."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch, *shape, generator=generator)
-    labels = torch.randint(0, 10, (batch,), generator=generator)
-    model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0)
+    images = torch.rand(batch, *shape, generator=generator).to(device)
+    labels = torch.randint(0, 10, (batch,), generator=generator).to(device)
+    model = om.build_classifier(name, num_classes=10, image_shape=shape, seed=0).to(device)
     ball = om.ImageBall(norm="linf", radius=radius)
     pgd = om.PGD(ball, steps=STEPS, step_size=radius / 4, early_stop=False)
     bf16 = om.Engine(precision="bf16")
@@ -77,13 +77,18 @@ def steps(name: str, shape: tuple[int, int, int], batch: int, radius: float) -> 
     return {way: repeated(way) for way in ways}
 
 
-def speed(rounds: int, only: str | None) -> None:
+def speed(rounds: int, only: str | None, batch_size: int | None, device: str) -> None:
     """Print the ratios of a step's time."""
-    settings = {"conv_net": ((1, 28, 28), 100, 0.1), "resnet18": ((3, 32, 32), 64, 8 / 255)}
+    settings = {
+        "conv_net": ((1, 28, 28), 100, 0.1),
+        "resnet18": ((3, 32, 32), 64, 8 / 255),
+        "wide_resnet": ((3, 32, 32), 256, 8 / 255),
+    }
     for name, (shape, batch, radius) in settings.items():
-        if only not in (None, name):
+        if name != only and (only is not None or name == "wide_resnet"):
             continue
-        calls = steps(name, shape, batch, radius)
+        batch = batch_size or batch
+        calls = steps(name, shape, batch, radius, device)
         seconds = interleave(calls, rounds=rounds)
         print(f"\nAT [PGD-{STEPS}] step, {name}, batch {batch}, {torch.get_num_threads()} threads")
         for way in calls:
@@ -120,7 +125,9 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["resnet18", "conv_net"])
+    parser.add_argument("--only", choices=["resnet18", "conv_net", "wide_resnet"])
+    parser.add_argument("--batch", type=int, help="images per step, in place of each model's own")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
@@ -129,7 +136,7 @@ def main() -> None:
     if arguments.quality:
         quality(arguments.seeds, arguments.epochs, arguments.images)
     else:
-        speed(arguments.rounds, arguments.only)
+        speed(arguments.rounds, arguments.only, arguments.batch, arguments.device)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """AutoAttack beside its public reference implementation: ``python -m benchmarks.autoattack``.
 
-A small net adversarially trained on Fashion-MNIST here (or a ResNet-18 on CIFAR-10 with ``--cifar``), both attacked by
-the standard version in one process, in turns. The reference profits from the memory setting that onmanifold makes
-for the process, so its time is the best it has.
+A small net adversarially trained on Fashion-MNIST here (or a small ResNet on CIFAR-10 with ``--cifar``), attacked
+by the standard version of both in one process, in turns. The reference profits from the memory setting that
+onmanifold makes for the process, so its time is the best it has.
 """
 
 from __future__ import annotations

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from onmanifold.cli_options import (
+    Checkpoint,
+    Debug,
+    Device,
+    DeviceOption,
+    ExperimentFile,
+    ExperimentOption,
+    Jobs,
+    Out,
+    Overrides,
+    Precision,
+    PrecisionOption,
+    StoreOption,
+    Threads,
+)
+from onmanifold.cli_output import called, complain, explained, present, say, show, width
 
 if TYPE_CHECKING:
     from onmanifold.experiments.setup import Setup
     from onmanifold.experiments.spec import Experiment
-    from onmanifold.experiments.summary import Results
 
 app = typer.Typer(
     name="onmanifold",
@@ -28,80 +41,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["32", "bf16"]
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Settings of the experiment, such as training.epochs=3."
-    ),
-]
-ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="The experiment file.")]
-Checkpoint = Annotated[Path, typer.Argument(help="A saved classifier (safetensors).")]
-ExperimentOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--experiment", "-e", help="Experiment file with data and attacks; default: the demo's."
-    ),
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder of the results; default: runs/<name>.")
-]
-StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", help="Folder of the runs, to share them; default: <out>/store."),
-]
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
-PrecisionOption = Annotated[
-    Precision | None, typer.Option(help="Of training and attacks; default: as the experiment says.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
-Jobs = Annotated[
-    int, typer.Option("--jobs", "-j", min=1, help="Processes that share the trainings.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-Command = TypeVar("Command", bound=Callable[..., None])
-
 
 def main() -> None:
     """Entry point of the ``onmanifold`` command."""
     app()
-
-
-def _explained(command: Command) -> Command:
-    """Errors as one line and exit code 1; Ctrl-C as a line that says how to go on, and 130."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        from onmanifold.foundation.errors import OnManifoldError
-
-        try:
-            command(*args, **kwargs)
-        except OnManifoldError as error:
-            if kwargs.get("debug"):
-                raise
-            _complain(f"error: {error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _complain("Interrupted. What is finished is kept; the same command goes on from there:")
-            _complain(f"  {_called()}")
-            raise typer.Exit(130) from None
-
-    return run  # type: ignore[return-value]
-
-
-def _complain(line: str) -> None:
-    typer.echo(" ".join(line.splitlines()) if line.startswith("error:") else line, err=True)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _called() -> str:
-    return shlex.join(["onmanifold", *sys.argv[1:]])
 
 
 def _version(shown: bool) -> None:
@@ -122,7 +65,7 @@ def _options(
 
 
 @app.command()
-@_explained
+@explained
 def demo(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.")] = Path(
@@ -145,7 +88,7 @@ def demo(
 
 
 @app.command()
-@_explained
+@explained
 def run(
     experiment: ExperimentFile,
     overrides: Overrides = None,
@@ -162,7 +105,7 @@ def run(
 
 
 @app.command()
-@_explained
+@explained
 def train(
     experiment: ExperimentFile,
     overrides: Overrides = None,
@@ -186,7 +129,7 @@ def train(
         out,
         store=store,
         device=device,
-        say=_say,
+        say=say,
         bars=sys.stderr.isatty(),
         debug=debug,
     )
@@ -198,7 +141,7 @@ def train(
 
 
 @app.command()
-@_explained
+@explained
 def evaluate(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
@@ -210,6 +153,9 @@ def evaluate(
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     threads: Threads = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Then look for signs that the accuracies deceive.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Attack a saved classifier with all attacks of an experiment, on its test images."""
@@ -219,23 +165,40 @@ def evaluate(
 
     _use_threads(threads)
     setup = _setup(experiment, overrides, precision)
+    model = load_for(setup, checkpoint)
     measured = evaluate_model(
-        load_for(setup, checkpoint),
+        model,
         setup.test,
         setup.attacks,
         batch_size=setup.experiment.evaluation.batch_size,
         seed=setup.experiment.evaluation.seed,
         directory=out,
-        fabric=one_process(setup.training.precision, device),
+        save_images=audit and out is not None,
+        fabric=(fabric := one_process(setup.training.precision, device)),
         progress=sys.stderr.isatty(),
     )
-    _show(table_of(setup, checkpoint.stem, measured).to_rich(_width()))
+    show(table_of(setup, checkpoint.stem, measured).to_rich(width()))
     if out is not None:
         typer.echo(f"Ledger: {out / 'ledger.parquet'}")
+    if audit:
+        from onmanifold.evaluation.audits import audit as audit_model
+
+        found = audit_model(
+            model.to(fabric.device),
+            setup.test,
+            setup.attacks,
+            evaluation=measured if out is None else out,
+            seed=setup.experiment.evaluation.seed,
+            progress=sys.stderr.isatty(),
+        )
+        show("", found.to_rich(width()))
+        if out is not None:
+            found.to_json(out / "audit.json")
+            typer.echo(f"Audit: {out / 'audit.json'}")
 
 
 @app.command()
-@_explained
+@explained
 def attack(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
@@ -266,7 +229,7 @@ def attack(
 
 
 @app.command()
-@_explained
+@explained
 def project(
     images: Annotated[
         Path | None,
@@ -289,7 +252,7 @@ def project(
 
 
 @app.command()
-@_explained
+@explained
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder of results, such as runs/demo.")],
     store: StoreOption = None,
@@ -298,11 +261,11 @@ def report(
     """Write table, figures and page anew from what is finished in a folder of results."""
     from onmanifold.experiments.runner import report_only
 
-    _present(report_only(folder, store))
+    present(report_only(folder, store))
 
 
 @app.command()
-@_explained
+@explained
 def fonts(
     folder: Annotated[
         Path | None,
@@ -320,7 +283,7 @@ def fonts(
 
 
 @app.command(name="list")
-@_explained
+@explained
 def list_components(
     kind: Annotated[str | None, typer.Argument(help="Only one kind, such as attack.")] = None,
     debug: Debug = False,
@@ -331,7 +294,7 @@ def list_components(
     kinds = list(KINDS.values())
     wanted = kind if kind is None or kind in kinds else kind.rstrip("s")
     if wanted is not None and wanted not in kinds:
-        _complain(f"error: Unknown kind {kind!r}. Valid: {', '.join(kinds)}.")
+        complain(f"error: Unknown kind {kind!r}. Valid: {', '.join(kinds)}.")
         raise typer.Exit(1)
     from rich.markup import escape
     from rich.table import Table
@@ -345,7 +308,7 @@ def list_components(
             fields = f"\n[dim]{escape(', '.join(item.fields))}[/dim]" if item.fields else ""
             table.add_row(escape(item.name), escape(item.summary) + (fields if wanted else ""))
         if table.row_count:
-            _show(f"\n[bold]{one}[/bold]", table)
+            show(f"\n[bold]{one}[/bold]", table)
     if wanted is None:
         typer.echo("\nFields of each: onmanifold list KIND, such as: onmanifold list attack")
     else:
@@ -381,12 +344,12 @@ def _run(
         store=store,
         device=device,
         jobs=jobs,
-        say=_say,
+        say=say,
         bars=sys.stderr.isatty(),
-        command=_called(),
+        command=called(),
         debug=debug,
     )
-    _present(results)
+    present(results)
 
 
 def _experiment(
@@ -413,47 +376,6 @@ def _use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def _width() -> int:
-    from rich.console import Console
-
-    return Console().width
-
-
-def _show(*items: Any) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for item in items:
-        console.print(item)
-
-
-def _present(results: Results) -> None:
-    """Table, claims and where the files are; exit code 1 where a run failed."""
-    from rich.markup import escape
-
-    from onmanifold.reports.html import format_signed
-
-    _show("", results.table.to_rich(_width()))
-    colours = {"holds": "green", "does not hold": "red"}
-    for judgement in results.judgements:
-        colour = colours.get(judgement.verdict, "yellow")
-        _show(
-            f"\n[bold]{escape(judgement.claim.text)}[/bold]: [bold {colour}]{judgement.verdict}[/bold {colour}]"
-        )
-        for finding in judgement.findings:
-            numbers = "not measured"
-            if finding.verdict != "not measured":
-                low, high = format_signed(finding.low), format_signed(finding.high)
-                numbers = f"{finding.lhs:.1f} against {finding.rhs:.1f}, excess {format_signed(finding.excess)}"
-                numbers += f" \\[{low}, {high}]: {finding.verdict}"
-            _show(f"  {escape(finding.statement)}: [dim]{numbers}[/dim]")
-    _show(f"\nPage: {results.out / 'report.html'}", f"Table: {results.out / 'table.csv'}")
-    for failure in results.failures:
-        _complain(f"error: {failure.method}, seed {failure.seed}: {failure.error}")
-    if results.failures:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class GradientAttack(Attack, ABC):
             raise InputError(f"passes: expected at least 1, found {self.passes}.")
         if self.start not in get_args(Start):
             raise InputError(
-                f"start: expected one of {', '.join(get_args(Start))}, found {self.start!r}."
+                f"start: expected one of {list(get_args(Start))}, found {self.start!r}."
             )
 
     def bind(

@@ -10,9 +10,33 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from onmanifold.attacks import APGD, FGSM, MIA, PGD, Attack, ProjectedAdam, RandomPerturbation
+from onmanifold.attacks import (
+    APGD,
+    FAB,
+    FGSM,
+    MIA,
+    PGD,
+    Attack,
+    AutoAttack,
+    CarliniWagner,
+    ProjectedAdam,
+    RandomPerturbation,
+    RayS,
+    Square,
+)
 from onmanifold.manifolds.base import Manifold
-from onmanifold.threats import ImageBall, JointBall, LatentBall, Threat, TransformationBall
+from onmanifold.threats import (
+    JPEG,
+    Elastic,
+    Fog,
+    Gabor,
+    ImageBall,
+    JointBall,
+    LatentBall,
+    Snow,
+    Threat,
+    TransformationBall,
+)
 
 # The same examples in every run: what fails here fails again.
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -135,7 +159,13 @@ THREATS: dict[str, Callable[[float], Threat]] = {
     ),
     "transformation_linf": scaled(TransformationBall, radius=0.2),
     "transformation_l2": scaled(TransformationBall, norm="l2", radius=0.4),
+    "elastic": scaled(Elastic, radius=0.25),
+    "jpeg_l1": scaled(JPEG, norm="l1", radius=8.0),
+    "fog": scaled(Fog, radius=0.25),
+    "snow": scaled(Snow, radius=0.4),
+    "gabor": scaled(Gabor, radius=0.12),
 }
+
 ON_PLANE = ("latent_linf", "latent_l2", "latent_l1", "latent_levels", "joint")
 
 ATTACKS: dict[str, Callable[[Threat], Attack]] = {
@@ -149,10 +179,27 @@ ATTACKS: dict[str, Callable[[Threat], Attack]] = {
     "random": lambda threat: RandomPerturbation(threat, restarts=4),
     "apgd": lambda threat: APGD(threat, steps=8),
     "apgd_t": lambda threat: APGD(threat, steps=6, objective="targeted_dlr"),
+    "fab": lambda threat: FAB(threat, steps=6, targets=2),
+    "autoattack": lambda threat: AutoAttack(threat, steps=4, queries=20),
+    "square": lambda threat: Square(threat, queries=60),
+    "rays": lambda threat: RayS(threat, queries=50),
+    "carlini_wagner": lambda threat: CarliniWagner(
+        threat, steps=8, rounds=2, step_size=0.2, first_constant=0.1
+    ),
 }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"threat_name", "attack_name"} <= set(metafunc.fixturenames):
+        pairs = [
+            (threat, attack)
+            for threat in THREATS
+            for attack in ATTACKS
+            # FAB measures distances between images.
+            if attack != "fab" or threat.startswith("image")
+        ]
+        metafunc.parametrize(("threat_name", "attack_name"), pairs)
+        return
     for fixture, names in (("threat_name", THREATS), ("attack_name", ATTACKS)):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, list(names))

@@ -9,11 +9,14 @@ from torch import nn
 from onmanifold.foundation.errors import ConfigError, InputError
 from onmanifold.foundation.registry import OBJECTIVES
 from onmanifold.objectives import (
+    DLR,
     CrossEntropy,
     KullbackLeibler,
     Margin,
     TargetedCrossEntropy,
+    TargetedDLR,
     TargetedMargin,
+    likeliest_others,
 )
 
 # Probabilities 1/8, 5/8, 2/8 and 4/8, 2/8, 2/8; shifted, which no objective may notice.
@@ -206,3 +209,136 @@ def test_objectives_of_an_experiment_file():
         OBJECTIVES.build({"type": "targeted_ce", "target": "last"})
     with pytest.raises(ConfigError, match=r"Unknown objective 'marginn'\. Did you mean 'margin'"):
         OBJECTIVES.build("marginn")
+
+
+# The label's rank is first, second, last; twice the two largest are equal.
+RATIO_LOGITS = torch.tensor(
+    [
+        [5.0, 3.0, 2.0, -1.0, -4.0],
+        [3.0, 5.0, 2.0, -1.0, -4.0],
+        [-4.0, 5.0, 3.0, 2.0, -1.0],
+        [4.0, 4.0, 1.0, 0.0, -7.0],
+        [0.0, 4.0, 4.0, 2.0, 0.0],
+    ]
+).double()
+RATIO_LABELS = torch.zeros(5, dtype=torch.int64)
+
+
+def test_the_ratio_by_hand():
+    # −(z_y − max of the others) / (1st − 3rd)
+    expected = [-2 / 3, 2 / 3, 9 / 3, 0 / 3, 4 / 2]
+    assert DLR().value(RATIO_LOGITS, RATIO_LABELS).tolist() == pytest.approx(expected, abs=1e-9)
+    # With the label at another place.
+    rolled = DLR().value(RATIO_LOGITS.roll(2, 1), RATIO_LABELS + 2)
+    assert rolled.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        # (z_t − z_y) / (1st − (3rd + 4th) / 2)
+        (1, [-2 / 4.5, 2 / 4.5, 9 / 4.5, 0 / 3.5, 4 / 3]),
+        (3, [-6 / 4.5, -4 / 4.5, 6 / 4.5, -4 / 3.5, 2 / 3]),
+        (4, [-9 / 4.5, -7 / 4.5, 3 / 4.5, -11 / 3.5, 0]),
+    ],
+)
+def test_the_targeted_ratio_by_hand(target, expected):
+    ranking = torch.full((5, 1), target)
+    values = TargetedDLR().value(RATIO_LOGITS, RATIO_LABELS, ranking=ranking)
+    assert values.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_ratios_of_few_classes_are_margins():
+    two, three = torch.tensor([[1.0, 4.0], [4.0, 1.0]]), torch.tensor([[1.0, 4.0, 2.0]] * 2)
+    labels = torch.tensor([0, 0])
+    first, last = torch.tensor([[1], [1]]), torch.tensor([[1], [2]])
+    assert DLR().value(two, labels).tolist() == [3, -3]
+    assert DLR().value(three, labels).tolist() == pytest.approx([1, 1])  # 3 / (4 − 1)
+    assert TargetedDLR().value(two, labels, ranking=first).tolist() == [3, -3]
+    assert TargetedDLR().value(three, labels, ranking=last).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("classes", [3, 4, 6])
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_ratios_see_neither_shift_nor_positive_scale(classes, data):
+    numbers = st.lists(st.integers(-50, 50), min_size=classes, max_size=classes, unique=True)
+    logits = torch.tensor([data.draw(numbers)]).double() / 8
+    label = torch.tensor([data.draw(st.integers(0, classes - 1))])
+    shift = data.draw(st.floats(-100, 100))
+    scale = data.draw(st.floats(1e-3, 1e3))
+    moved = scale * logits + shift
+    one, two = DLR().value(logits, label), DLR().value(moved, label)
+    torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)
+    assert (one > 0) == (logits.argmax(1) != label)
+    for target in set(range(classes)) - {label.item()}:
+        ranking = torch.tensor([[target]])
+        one, two = (
+            TargetedDLR().value(tensor, label, ranking=ranking) for tensor in (logits, moved)
+        )
+        # Below four classes it is a margin.
+        factor = scale if classes == 3 else 1.0
+        torch.testing.assert_close(two, factor * one, rtol=1e-6, atol=1e-6)
+        assert (one > 0) == (logits[0, target] > logits[0, label])
+
+
+@pytest.mark.parametrize("objective", [DLR(), TargetedDLR()])
+def test_gradients_of_ratios(objective):
+    generator = torch.Generator().manual_seed(0)
+    leaf = torch.randn(4, 6, generator=generator).double().requires_grad_()
+    labels, ranking = torch.tensor([0, 1, 2, 3]), torch.tensor([[5], [4], [0], [1]])
+    assert torch.autograd.gradcheck(lambda z: objective.value(z, labels, ranking=ranking), leaf)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_equal_logits_give_no_infinite_ratio(classes):
+    leaf = torch.zeros(2, classes, requires_grad=True)
+    labels, ranking = torch.zeros(2, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int64)
+    for objective in (DLR(), TargetedDLR()):
+        values = objective.value(leaf, labels, ranking=ranking)
+        assert values.tolist() == [0, 0]
+        assert torch.autograd.grad(values.sum(), leaf)[0].isfinite().all()
+
+
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=7), st.integers(1, 12), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_likeliest_others_are_the_clean_ranking_without_the_label(logits, count, data):
+    label = data.draw(st.integers(0, len(logits) - 1))
+    found = likeliest_others(torch.tensor([logits]).double(), torch.tensor([label]), count)
+    # Equal ones in the order of their numbers.
+    ranked = sorted(range(len(logits)), key=lambda place: (-logits[place], place))
+    ranked.remove(label)
+    assert found.tolist() == [ranked[:count]]
+
+
+@pytest.mark.parametrize(("targets", "turns"), [(1, 1), (2, 2), (9, 4)])
+def test_targets_in_turn(targets, turns):
+    images = torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.5], [0.6, 0.2, 0.4, 0.9, 0.1]]).view(2, 1, 1, 5)
+    labels = torch.tensor([4, 0])
+    rankings = torch.tensor([[1, 2, 3, 0], [3, 2, 1, 4]])
+    bound = TargetedDLR(targets=targets).bind(nn.Flatten(), images, labels)
+    assert bound.turns == turns
+    assert torch.equal(bound.extra["ranking"], rankings[:, :turns])
+    # The ranking stays that of the clean images.
+    moved = images.flip(3)
+    for number in range(turns):
+        turn = bound.turn(number)
+        one = TargetedDLR().value(
+            moved.flatten(1), labels, ranking=rankings[:, number : number + 1]
+        )
+        torch.testing.assert_close(turn(moved)[0], one)
+        kept = bound.keep(torch.tensor([False, True])).turn(number)
+        torch.testing.assert_close(kept(moved[1:])[0], one[1:])
+        # Any misclassification is a success, not the target's alone.
+        assert turn.fooled(torch.eye(5)[[0, 4]]).tolist() == [True, True]
+        assert turn.fooled(torch.eye(5)[[4, 0]]).tolist() == [False, False]
+
+
+def test_ratios_of_an_experiment_file():
+    assert OBJECTIVES.build("dlr") == DLR()
+    assert OBJECTIVES.build({"type": "targeted_dlr", "targets": 3}) == TargetedDLR(targets=3)
+    for targets in (0, -1):
+        with pytest.raises(ConfigError, match="targets: expected at least 1"):
+            OBJECTIVES.build({"type": "targeted_dlr", "targets": targets})
+    with pytest.raises(InputError, match=r"targets: .* is untargeted"):
+        TargetedDLR().bind(nn.Flatten(), IMAGES, LABELS, TARGETS)

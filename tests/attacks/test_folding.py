@@ -399,3 +399,83 @@ def test_a_parallel_model_is_attacked_through_its_module(images):
     expected = attack(model, images, labels)
     result = attack(nn.DataParallel(model), images, labels)
     torch.testing.assert_close(result.images, expected.images, rtol=0, atol=1e-6)
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and lets gradients through, turned around."""
+
+    @staticmethod
+    def forward(ctx, images):
+        return (8 * images).round() / 8
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class OwnGradient(nn.Module):
+    def __init__(self, core, kind):
+        super().__init__()
+        self.core, self.kind = core, kind
+
+    def forward(self, images):
+        if self.kind == "function":
+            return self.core(Straight.apply(images))
+        if self.kind == "no_grad":
+            with torch.no_grad():
+                blurred = 0.5 * images
+            return self.core(images + blurred)
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            step = torch.autograd.grad(self.core(leaf).logsumexp(1).sum(), leaf)[0]
+        return self.core(images - 0.01 * step.sign())
+
+
+@pytest.mark.parametrize("kind", ["function", "no_grad", "inner gradient"])
+def test_a_gradient_of_the_models_own_is_not_lost(kind, own_net):
+    model, images = OwnGradient(own_net(), kind), torch.rand(6, 1, 8, 8)
+    with frozen(model, images, Engine()) as network:
+        leaves = [images.clone().requires_grad_() for _ in range(2)]
+        found, expected = (
+            torch.autograd.grad(call(leaf).square().sum(), leaf)[0]
+            for call, leaf in zip((network, model), leaves, strict=True)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_gradient_is_attacked_in_vain(own_net):
+    model = nn.Sequential(Detached(), own_net())
+    images = torch.rand(6, 1, 8, 8)
+    labels = model(images).argmax(1)
+    result = PGD(ImageBall("linf", 0.01), 3, start="zero")(model, images, labels)
+    assert torch.equal(result.images, images)
+
+
+class Detached(nn.Module):
+    def forward(self, images):
+        return images.detach()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_in_a_row_become_one(bias):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 20, bias), nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4, bias)
+    )
+    images = torch.rand(5, 1, 8, 8)
+    for _ in range(2):
+        assert_agrees(net, images, folded=True)
+        with frozen(net, images, Engine()) as network:
+            layers = [m for m in network._forward.modules() if isinstance(m, nn.Linear)]
+        # 64 x 30 is more than 20 x (64 + 30); only layers whose product is small are merged.
+        assert len(layers) == 3
+        with torch.no_grad():
+            net[1].weight.neg_()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 20, bias), nn.Linear(20, 4, bias))
+    for _ in range(2):
+        assert_agrees(net, images, folded=True)
+        with frozen(net, images, Engine()) as network:
+            layers = [m for m in network._forward.modules() if isinstance(m, nn.Linear)]
+        assert [tuple(layer.weight.shape) for layer in layers] == [(4, 64)]
+        with torch.no_grad():
+            net[1].weight.neg_()

@@ -31,7 +31,9 @@ def assert_inside(region, variables, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_zero_variables_are_the_image_itself(threat, batch, dtype):
+def test_zero_variables_are_the_image_itself(threat_name, threat, batch, dtype):
+    if threat_name in ("fog", "snow"):
+        pytest.skip("the centre of what is drawn is even fog and even snow")
     good = batch(COUNT)
     region = around(threat, good, dtype)
     rendered = region.render(region.zero())

@@ -79,6 +79,10 @@ class APGD(GradientAttack):
                 f"rising_share: expected a number in [0, 1], found {self.rising_share}."
             )
 
+    def starting(self, region: Region) -> Region:
+        """Where searches start: in the largest of the shrinking l1 balls."""
+        return region.scaled(_L1_PHASES[0][0])
+
     def ascend(self, walk: Walk, best: Best, start: Variables) -> None:
         """All steps from one start; in l1 balls, phase by phase."""
         if all(ball.norm != "l1" for ball in walk.region.balls.values()):
@@ -302,7 +306,8 @@ def _sparse_step(points: Tensor, gradients: Tensor, step_size: Tensor, moving: T
     """Move the coordinates of largest gradient, all by the same and together by the step size."""
     slope = gradients.flatten(1)
     largest = slope.abs().sort(dim=1, descending=True).values
-    last = moving.long().clamp(0, slope.shape[1] - 1)
+    # A whole number of coordinates, which rounding may have left a little above.
+    last = moving.round(decimals=3).ceil().long().clamp(1, slope.shape[1]) - 1
     signs = slope.sign() * (slope.abs() >= largest.gather(1, last.unsqueeze(1)))
     count = signs.abs().sum(1).clamp(min=1)
     return points + ((step_size / count).unsqueeze(1) * signs).view_as(points)

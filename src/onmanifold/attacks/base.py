@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, full_float32, probe, untouched
 from onmanifold.attacks.threads import own_threads
@@ -19,8 +20,10 @@ from onmanifold.foundation.registry import ATTACKS, Component
 from onmanifold.objectives import BoundObjective
 from onmanifold.threats.base import Region, Threat, Variables
 
-# Passes of a random model over what an attack returns.
-_VERIFICATIONS = 11
+# Passes of a random model over what an attack returns, and over what then looks like success.
+_PASSES, _MORE_PASSES = 11, 101
+# Images on which two passes are compared: a model may be random on some images only, and only sometimes.
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Found:
         objective: (B,) the largest value met.
         forwards: (B,) int32.
         backwards: (B,) int32.
-        by: (B,) int64 which member of the attack fooled the model; None for attacks without members.
+        by: (B,) int64 which member of the attack found the point; None for attacks without members.
     """
 
     variables: Variables
@@ -189,8 +192,7 @@ class Attack(Component, ABC):
         if len(images) == 0:
             raise InputError("images: the batch is empty.")
         with untouched(model, seed):
-            logits, again = probe(model, images[:1]), probe(model, images[:1])
-        classes, random = logits.shape[1], not torch.equal(logits, again)
+            classes = probe(model, images[:1]).shape[1]
         check_labels(labels, len(images), classes)
         if targets is not None:
             check_labels(targets, len(images), classes, name="targets")
@@ -198,6 +200,7 @@ class Attack(Component, ABC):
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, targets)
+            random = is_random(network, images)
             found = self._searched(
                 Search(region, objective, network, images, seed, indices, random=random)
             )
@@ -205,7 +208,8 @@ class Attack(Component, ABC):
                 rendered = region.render(found.variables)
             _check_bounds(region, found.variables, rendered)
             adversarial = rendered.clamp(0, 1).to(images.dtype).contiguous()
-        with untouched(model, seed):
+        # Another seed: a random model is not judged on the noise that the search has seen.
+        with untouched(model, seed + 1):
             success, predictions = judged(model, adversarial, objective, random)
         return AttackResult(
             images=adversarial,
@@ -216,7 +220,7 @@ class Attack(Component, ABC):
             forwards=found.forwards,
             backwards=found.backwards,
             variables=found.variables,
-            found_by=_names_of(found.by, self.members),
+            found_by=_names_of(found.by, success, self.members),
         )
 
     def examples(
@@ -285,28 +289,57 @@ class Attack(Component, ABC):
         return indices
 
 
+def is_random(network: FrozenNetwork, images: Tensor) -> bool:
+    """Whether the model gives other logits each time; asked where its trace does not rule it out."""
+    if network.deterministic:
+        return False
+    few = images[:_COMPARED]
+    with torch.no_grad():
+        return not torch.equal(network.original(few), network.original(few))
+
+
 def judged(
     model: Callable[[Tensor], Tensor], images: Tensor, objective: BoundObjective, random: bool
 ) -> tuple[Tensor, Tensor]:
     """Success (B,) bool and predictions (B,) of images, in full precision.
 
-    A random model is asked several times: the prediction is the most frequent one, and success is what it shows in
-    more than half of the passes. A single failure of the model may be luck.
+    A random model is asked several times, and success is what it shows in more than half of the passes, with the
+    prediction that is most frequent among those. What looks like success at first is asked about many times more:
+    a failure of the model may be luck, and an attack that tries often is lucky often.
     """
     with torch.no_grad(), full_float32():
         if not random:
             logits = model(images)
             return objective.fooled(logits), logits.argmax(1)
-        passes = [model(images) for _ in range(_VERIFICATIONS)]
+        success, predictions = _majority(model, images, objective, _PASSES)
+        if bool(success.any()):
+            sure, likeliest = _majority(
+                model, images[success], objective.keep(success), _MORE_PASSES
+            )
+            predictions = predictions.masked_scatter(success, likeliest)
+            success = success.masked_scatter(success, sure)
+        return success, predictions
+
+
+def _majority(
+    model: Callable[[Tensor], Tensor], images: Tensor, objective: BoundObjective, count: int
+) -> tuple[Tensor, Tensor]:
+    """What more than half of so many passes show: success (B,) bool and predictions (B,)."""
+    passes = torch.stack([model(images) for _ in range(count)])
     fooled = torch.stack([objective.fooled(logits) for logits in passes])
-    predictions = torch.stack([logits.argmax(1) for logits in passes]).mode(0).values
-    return 2 * fooled.sum(0) > _VERIFICATIONS, predictions
+    success = 2 * fooled.sum(0) > count
+    # Of the passes that agree with the verdict, so that prediction and success never contradict each other.
+    votes = functional.one_hot(passes.argmax(2), passes.shape[2]) * (fooled == success).unsqueeze(2)
+    return success, votes.sum(0).argmax(1)
 
 
-def _names_of(by: Tensor | None, members: tuple[str, ...]) -> tuple[str | None, ...] | None:
+def _names_of(
+    by: Tensor | None, success: Tensor, members: tuple[str, ...]
+) -> tuple[str | None, ...] | None:
     if by is None:
         return None
-    return tuple(None if place < 0 else members[place] for place in by.tolist())
+    pairs = zip(by.tolist(), success.tolist(), strict=True)
+    return tuple(members[place] if fooled else None for place, fooled in pairs)
 
 
 def _copy(given: Any) -> Any:

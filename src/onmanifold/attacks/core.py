@@ -151,11 +151,16 @@ class Point(NamedTuple):
 
 
 def gradients_of(values: Tensor, leaves: Variables) -> Variables:
-    """The gradient of each of the values (B,) to its own sample's leaves."""
-    found = torch.autograd.grad(values, list(leaves.values()), torch.ones_like(values))
+    """The gradient of each of the values (B,) to its own sample's leaves; 0 where the model has none."""
+    if not values.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(
+        values, list(leaves.values()), torch.ones_like(values), allow_unused=True
+    )
     # A NaN, such as that of a square root at 0, would stop its sample for good and look like robustness.
     return {
-        name: gradient.nan_to_num(nan=0.0) for name, gradient in zip(leaves, found, strict=True)
+        name: torch.zeros_like(leaf) if gradient is None else gradient.nan_to_num(nan=0.0)
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
     }
 
 

@@ -61,6 +61,7 @@ class FrozenNetwork:
         exact: The same network in full precision, for checking what bfloat16 found.
         original: The model itself, for checking what stands on the very boundary of a class.
         workers: How many threads may each search a part of the batch on its own.
+        deterministic: Whether it is known to give the same logits each time.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FrozenNetwork:
         self.exact: FrozenNetwork = self
         self.original: Callable[[Tensor], Tensor] = forward
         self.workers = 1
+        self.deterministic = False
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, K) in the precision of the images."""
@@ -191,6 +193,7 @@ def frozen(
         # The user's own module may hold state that two threads would fight over; a folded copy holds none.
         workers = 1 if template is None else suitable_workers(core, images, threads)
         full.workers = workers
+        full.deterministic = template is not None and template.deterministic
         full.original = _one_at_a_time(model)
         if engine.precision == "32" or images.dtype == torch.float64:
             yield full
@@ -199,6 +202,7 @@ def frozen(
             model if half is None else half, folded=half is not None, low_precision=True
         )
         network.exact, network.workers, network.original = full, workers, full.original
+        network.deterministic = full.deterministic
         yield network
 
 
@@ -258,12 +262,47 @@ def _folded(model: nn.Module, images: Tensor, check: bool) -> folding.Template |
     graph = template.refresh(model)
     if not (check or fresh):
         return template
-    few = images[:_PROBES]
-    with torch.no_grad(), full_float32():
-        expected, found = probe(model, few), graph(few)
-    scale = expected.abs().amax().clamp(min=1.0)
-    if bool((found - expected).abs().amax() <= 1e-4 * scale) or not bool(expected.isfinite().all()):
+    if _agree(model, graph, images[:_PROBES], gradients=fresh):
         return template
     logger.info("%s is attacked unfolded: its copy does not agree with it", type(model).__name__)
     folding.forget(model)
     return None
+
+
+def _agree(
+    model: nn.Module, graph: Callable[[Tensor], Tensor], images: Tensor, gradients: bool
+) -> bool:
+    """Whether the copy gives the model's logits, and, if asked, the gradient to the images that the model gives.
+
+    A trace sees what is computed, not how its gradient is: a function with a gradient of its own, or a part that
+    has none, would be lost in the copy.
+    """
+    with torch.no_grad(), full_float32():
+        expected = probe(model, images)
+    if not bool(expected.isfinite().all()):
+        return True
+    try:
+        with torch.no_grad(), full_float32():
+            error = (graph(images) - expected).abs().amax()
+            close = bool(error <= 1e-4 * expected.abs().amax().clamp(min=1.0))
+        if not close or not gradients:
+            return close
+        found, wanted = _gradient(graph, images), _gradient(model, images)
+        # Far above what rounding does, which now and then turns a ReLU, and far below another gradient.
+        return bool((found - wanted).norm() <= 0.05 * wanted.norm())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+
+
+def _gradient(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Of a sum of the logits, weighted so that no symmetry hides a difference."""
+    with torch.enable_grad(), full_float32():
+        leaf = images.detach().clone().requires_grad_()
+        logits = network(leaf)
+        weights = torch.arange(1, logits.numel() + 1, device=logits.device).sin().view_as(logits)
+        if not logits.requires_grad:
+            return torch.zeros_like(images)
+        found = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)[0]
+    return torch.zeros_like(images) if found is None else found

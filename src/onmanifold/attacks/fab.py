@@ -250,7 +250,7 @@ def reach(points: Tensor, slope: Tensor, rise: Tensor, norm: Norm) -> Tensor:
         if norm == "l1"
         else (_reach_level(steepness, room, wanted, steepness if norm == "l2" else None))
     )
-    return torch.copysign(moves, direction)
+    return moves * direction.sign()
 
 
 def _reach_level(steepness: Tensor, room: Tensor, wanted: Tensor, pace: Tensor | None) -> Tensor:

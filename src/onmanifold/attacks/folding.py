@@ -39,13 +39,17 @@ class Template:
     Attributes:
         graph: The traced copy, its parameters to be refreshed.
         pairs: Name of a layer and of the batch norm folded into it.
+        chains: Name of a linear layer and of the one right before it, whose product it holds.
         low: The copy in bfloat16; None: not made yet, or the model does not run in it.
         low_fails: Whether the model does not run in bfloat16, because it casts inside.
+        deterministic: Whether nothing in the trace draws random numbers.
         compiled: The copies compiled, made once: compiling again at each attack would cost more than it saves.
     """
 
     graph: fx.GraphModule
     pairs: dict[str, str]
+    chains: dict[str, str]
+    deterministic: bool
     low: fx.GraphModule | None = None
     low_fails: bool = False
     compiled: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -98,6 +102,12 @@ class Template:
                 _place(target, "weight", weight)
                 _place(target, "bias", bias)
                 folded.update((f"{layer}.weight", f"{layer}.bias"))
+            for layer, before in self.chains.items():
+                last, first = sources[layer], sources[before]
+                target = self.graph.get_submodule(layer)
+                _place(target, "weight", last.weight @ first.weight)
+                _place(target, "bias", _bias(last) + last.weight @ _bias(first))
+                folded.update((f"{layer}.weight", f"{layer}.bias"))
             ours = dict(self.graph.named_modules())
             # Under every name: layers that share a tensor hold one each in the copy.
             parameters = model.named_parameters(remove_duplicate=False)
@@ -110,6 +120,18 @@ class Template:
                     module.refresh()
         return self.graph
 
+
+# Parts of the names of functions and methods that draw random numbers.
+_RANDOM = (
+    "rand",
+    "normal_",
+    "uniform",
+    "bernoulli",
+    "dropout",
+    "multinomial",
+    "poisson",
+    "exponential",
+)
 
 _Signature = tuple[Any, ...] | None
 
@@ -164,13 +186,14 @@ def _trace(model: nn.Module) -> Template | None:
         return None
     graph = graphs[0]
     pairs = _fold_norms(graph)
+    chains = _chain_linears(graph, set(pairs))
     _relu_in_place(graph)
     _speed_up_input(graph)
     graph.graph.lint()
     graph.recompile()
     for parameter in graph.parameters():
         parameter.requires_grad_(False)
-    return Template(graph, pairs)
+    return Template(graph, pairs, chains, not _draws(graph))
 
 
 def _trace_twice(model: nn.Module) -> list[fx.GraphModule]:
@@ -179,6 +202,16 @@ def _trace_twice(model: nn.Module) -> list[fx.GraphModule]:
     for module in private.modules():
         module.training = False
     return [fx.symbolic_trace(private) for _ in range(2)]
+
+
+def _draws(graph: fx.GraphModule) -> bool:
+    """Whether a trace may draw random numbers; a dropout that is switched off counts too."""
+    names = [
+        str(getattr(node.target, "__name__", node.target))
+        for node in graph.graph.nodes
+        if node.op.startswith("call_")
+    ]
+    return any(word in name for name in names for word in _RANDOM)
 
 
 def _has_constants(graph: fx.GraphModule) -> bool:
@@ -213,6 +246,46 @@ def _fold_norms(graph: fx.GraphModule) -> dict[str, str]:
             graph.graph.erase_node(node)
             graph.delete_submodule(str(node.target))
     return pairs
+
+
+def _chain_linears(graph: fx.GraphModule, folded: set[str]) -> dict[str, str]:
+    """Take out each linear layer that only feeds another one, where their product is no larger than the two."""
+    modules = dict(graph.named_modules())
+    calls = [node for node in graph.graph.nodes if node.op == "call_module"]
+    names = [str(node.target) for node in calls]
+    chains: dict[str, str] = {}
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if not (
+            isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
+        ):
+            continue
+        last, first = str(node.target), str(before.target)
+        if type(modules[last]) is not nn.Linear or type(modules[first]) is not nn.Linear:
+            continue
+        once = names.count(last) == names.count(first) == 1
+        inputs, middle, outputs = (
+            modules[first].in_features,
+            modules[last].in_features,
+            modules[last].out_features,
+        )
+        small = inputs * outputs <= middle * (inputs + outputs)
+        if not once or not small or {first, last} & folded or first in chains:
+            continue
+        chains[last] = first
+        if modules[last].bias is None:
+            empty = nn.Parameter(torch.empty(0), requires_grad=False)
+            modules[last].register_parameter("bias", empty)
+        node.replace_input_with(before, before.args[0])
+        graph.graph.erase_node(before)
+        graph.delete_submodule(first)
+    return chains
+
+
+def _bias(layer: nn.Module) -> Tensor:
+    """The bias of a linear layer, zeros where it has none."""
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from onmanifold.attacks.core import Best, Walk
 from onmanifold.attacks.engine import FrozenNetwork
 from onmanifold.foundation.errors import InputError
 from onmanifold.objectives import BoundObjective, CrossEntropy, KullbackLeibler, Objective
-from onmanifold.threats.base import Variables
+from onmanifold.threats.base import Region, Variables
 from onmanifold.threats.geometry import Start
 
 
@@ -77,9 +77,14 @@ class GradientAttack(Attack, ABC):
                 if walk is None:
                     return best.found
                 number = turn * self.restarts + restart
-                start = walk.region.random(self.start, search.seed, walk.indices, number)
+                region = self.starting(walk.region)
+                start = region.random(self.start, search.seed, walk.indices, number)
                 self.ascend(walk, best, start)
         return best.found
+
+    def starting(self, region: Region) -> Region:
+        """The region that random starts are drawn from."""
+        return region
 
     @abstractmethod
     def ascend(self, walk: Walk, best: Best, start: Variables) -> None:

@@ -193,7 +193,10 @@ def test_a_joint_ball_needs_a_step_size_for_each_variable(images, small_net, pla
         (lambda: PGD(ImageBall(), steps=0), r"steps: expected at least 1, found 0"),
         (lambda: PGD(ImageBall(), step_size=-1.0), r"step_size: expected finite numbers >= 0"),
         (lambda: PGD(ImageBall(), restarts=0), r"restarts: expected at least 1, found 0"),
-        (lambda: PGD(ImageBall(), start="gauss"), r"start: expected one of .*'zero', .*found 'gauss'"),
+        (
+            lambda: PGD(ImageBall(), start="gauss"),
+            r"start: expected one of .*'zero', .*found 'gauss'",
+        ),
         (lambda: PGD(ImageBall(), objective=3), r"objective: expected an objective, found int"),
         (lambda: RandomPerturbation(ImageBall(), restarts=0), r"restarts: expected at least 1"),
         (

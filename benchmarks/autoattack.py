@@ -1,24 +1,28 @@
 """AutoAttack beside its public reference implementation: ``python -m benchmarks.autoattack``.
 
 A small net adversarially trained on Fashion-MNIST here (or a small ResNet on CIFAR-10 with ``--cifar``), attacked
-by the standard version of both in one process, in turns. The reference profits from the memory setting that
-onmanifold makes for the process, so its time is the best it has.
+by the standard version of both, in turns. Each runs in a process of its own, as its users run it: onmanifold
+changes how its process keeps memory, by which the others would profit too. ``--together`` lets them.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import statistics
+import time
 import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from pyautoattack import AutoAttack as Reference
 from torch import Tensor, nn
 
 import onmanifold as om
-from benchmarks.timing import interleave, ratio
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 # Radii at which the nets below keep part of their accuracy.
@@ -42,38 +46,118 @@ def adversarially_trained(dataset: str, folder: Path, device: str) -> nn.Module:
     return om.load_classifier(path).eval().to(device)
 
 
-def compare(
-    model: nn.Module, images: Tensor, labels: Tensor, norm: str, radius: float, rounds: int
-) -> None:
-    """Print accuracies and the ratio of times."""
-    attack = om.AutoAttack(om.ImageBall(norm, radius))
-    results: dict[str, Tensor] = {}
-    found: Counter[str | None] = Counter()
+class Task(NamedTuple):
+    """What is attacked, so that another process can be told."""
 
-    def ours() -> None:
-        result = attack(model, images, labels)
-        results["onmanifold"] = ~result.success
-        found.clear()
-        found.update(result.found_by or ())
+    dataset: str
+    folder: Path
+    device: str
+    norm: str
+    images: int
 
-    def theirs() -> None:
-        reference = Reference(
-            model, norm=NORMS[norm], eps=radius, version="standard", seed=0, device=images.device
-        )
-        found = reference.run_standard_evaluation(images, labels, batch_size=len(images))
-        adversarial = found[0] if isinstance(found, tuple) else found
-        with torch.no_grad():
-            results["reference"] = model(adversarial).argmax(1) == labels
 
-    seconds = interleave({"reference": theirs, "onmanifold": ours}, rounds=rounds, warmup=0)
-    robust = {name: 100 * kept.float().mean().item() for name, kept in results.items()}
-    print(
-        f"AutoAttack standard, {norm} {radius:.4g}, {len(images)} images, "
-        f"{torch.get_num_threads()} threads: robust accuracy {robust['reference']:.2f} (reference), "
-        f"{robust['onmanifold']:.2f} (onmanifold); time {ratio(seconds, 'onmanifold', 'reference'):.3f} × "
-        f"the reference's; found by {dict(found)}",
-        flush=True,
+class Outcome(NamedTuple):
+    """What an attack did: seconds, which samples withstood it, and which member fooled the model how often."""
+
+    seconds: float
+    robust: Tensor
+    found: dict[str | None, int]
+
+
+def onmanifold(task: Task) -> Outcome:
+    """Ours."""
+    model, images, labels = prepared(task)
+    attack = om.AutoAttack(om.ImageBall(task.norm, RADII[task.dataset][task.norm]))
+    begin = now(task.device)
+    result = attack(model, images, labels)
+    seconds = now(task.device) - begin
+    return Outcome(seconds, ~result.success.cpu(), dict(Counter(result.found_by or ())))
+
+
+def reference(task: Task) -> Outcome:
+    """The reference implementation."""
+    from pyautoattack import AutoAttack
+
+    model, images, labels = prepared(task)
+    attack = AutoAttack(
+        model,
+        norm=NORMS[task.norm],
+        eps=RADII[task.dataset][task.norm],
+        version="standard",
+        seed=0,
+        device=task.device,
     )
+    begin = now(task.device)
+    found: Any = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+    seconds = now(task.device) - begin
+    return judged(model, found[0] if isinstance(found, tuple) else found, labels, seconds)
+
+
+def torchattacks(task: Task) -> Outcome:
+    """The same members at the same settings in torchattacks, whose own default takes 10 steps."""
+    import torchattacks as ta
+
+    model, images, labels = prepared(task)
+    settings = {"norm": NORMS[task.norm], "eps": RADII[task.dataset][task.norm], "seed": 0}
+    members = [
+        ta.APGD(model, steps=100, loss="ce", n_restarts=1, **settings),
+        ta.APGDT(model, steps=100, n_restarts=1, n_classes=10, **settings),
+        ta.FAB(model, steps=100, n_restarts=1, multi_targeted=True, n_classes=10, **settings),
+        ta.Square(model, n_queries=5000, n_restarts=1, **settings),
+    ]
+    attack = ta.MultiAttack(members)
+    begin = now(task.device)
+    adversarial = attack(images, labels)
+    return judged(model, adversarial, labels, now(task.device) - begin)
+
+
+def prepared(task: Task) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model and the images."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    model = adversarially_trained(task.dataset, task.folder, task.device)
+    test = om.load_dataset(task.dataset, "test")
+    images, labels, *_ = test.batch(torch.arange(task.images), task.device)
+    return model, images, labels
+
+
+def judged(model: nn.Module, images: Tensor, labels: Tensor, seconds: float) -> Outcome:
+    """What the model says of a peer's images."""
+    with torch.no_grad():
+        return Outcome(seconds, (model(images).argmax(1) == labels).cpu(), {})
+
+
+def now(device: str) -> float:
+    """The clock, once a GPU has done all that it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(task: Task, peers: list[Any], rounds: int, together: bool) -> None:
+    """Print accuracies and the ratios of times, medians over rounds."""
+    outcomes: dict[str, list[Outcome]] = {}
+    calls = [*peers, onmanifold]
+    with ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        pools = [ProcessPoolExecutor(1, context) for _ in calls[: 1 if together else None]]
+        for pool in pools:
+            stack.enter_context(pool)
+        for _ in range(rounds):
+            for place, call in enumerate(calls):
+                done = pools[0 if together else place].submit(call, task).result()
+                outcomes.setdefault(call.__name__, []).append(done)
+    radius = RADII[task.dataset][task.norm]
+    print(
+        f"\nAutoAttack standard, {task.norm} {radius:.4g}, {task.images} images of {task.dataset}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for name, done in outcomes.items():
+        pairs = zip(outcomes["onmanifold"], done, strict=True)
+        ratio = statistics.median(ours.seconds / theirs.seconds for ours, theirs in pairs)
+        robust = 100 * done[-1].robust.float().mean().item()
+        print(f"{name:14} robust accuracy {robust:6.2f}   onmanifold takes {ratio:.3f} × its time")
+    print(f"found by {outcomes['onmanifold'][-1].found}", flush=True)
 
 
 def main() -> None:
@@ -83,17 +167,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--norms", nargs="+", choices=list(NORMS), default=["linf"])
     parser.add_argument("--cifar", action="store_true")
+    parser.add_argument("--torchattacks", action="store_true", help="that peer too; linf and l2")
+    parser.add_argument("--together", action="store_true", help="all in one process")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, default=Path("runs/benchmarks"))
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     dataset = "cifar10" if arguments.cifar else "fashion_mnist"
-    model = adversarially_trained(dataset, arguments.keep, arguments.device)
-    test = om.load_dataset(dataset, "test")
-    images, labels, *_ = test.batch(torch.arange(arguments.images), arguments.device)
+    adversarially_trained(dataset, arguments.keep, arguments.device)
     for norm in arguments.norms:
-        compare(model, images, labels, norm, RADII[dataset][norm], arguments.rounds)
+        task = Task(dataset, arguments.keep, arguments.device, norm, arguments.images)
+        peers = [reference, torchattacks] if arguments.torchattacks else [reference]
+        compare(task, peers, arguments.rounds, arguments.together)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """PGD-20 against the floor and against peers, all in one interleaved run: ``python benchmarks/attacks.py``.
 
 The floor is what no attack can avoid: steps × (forward + backward to the input) of the folded, channels_last
-float32 model alone. Ratios are medians over rounds of times taken in the same round; bare seconds say little
-on a machine that others use.
+float32 model alone, with the memory setting of the engine. Ratios are medians over rounds of times taken in the
+same round; bare seconds say little on a machine that others use. Each candidate runs in a process of its own, as its
+users run it; ``--together`` runs all in one, where the peers profit from that setting.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import foolbox
 import torch
-import torchattacks
 from torch import Tensor, nn
 
 import onmanifold as om
-from benchmarks.timing import interleave, ratio
+from benchmarks.timing import interleave, interleave_apart, ratio
 from onmanifold.attacks.engine import frozen
 from onmanifold.attacks.threads import own_threads, suitable_threads
 
@@ -43,46 +44,70 @@ def floor(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], obje
     return call
 
 
-def candidates(
-    model: nn.Module, images: Tensor, labels: Tensor, radius: float, early: bool
-) -> dict[str, Callable[[], object]]:
-    """The attack by onmanifold and by its peers, at equal settings."""
+SETTINGS = {
+    "conv_net": ((1, 28, 28), 256, 0.1),
+    "resnet18": ((3, 32, 32), 64, 8 / 255),
+    "wide_resnet": ((3, 32, 32), 256, 8 / 255),
+}
+OURS = {
+    "onmanifold": {},
+    "onmanifold bf16": {"engine": {"precision": "bf16"}},
+    "onmanifold bf16, compiled": {"engine": {"precision": "bf16", "compile": True}},
+    "onmanifold, fooled dropped": {"early_stop": True},
+}
+
+
+class Task(NamedTuple):
+    """What is attacked."""
+
+    network: str
+    batch: int
+    device: str
+    folder: Path
+
+
+def candidate(name: str, task: Task) -> Callable[[], object]:
+    """One attack, by onmanifold or a peer, or the floor; all at equal settings."""
+    warnings.filterwarnings("ignore")
+    shape, _, radius = SETTINGS[task.network]
     step = radius / 4
+    if task.network == "conv_net":
+        model, images, labels = trained(task)
+    else:
+        model, images, labels = untrained(task.network, shape, task.batch, task.device)
+    if name == "floor":
+        return floor(model, images, labels)
+    if name == "torchattacks":
+        import torchattacks
+
+        theirs = torchattacks.PGD(model, eps=radius, alpha=step, steps=STEPS, random_start=True)
+        return lambda: theirs(images, labels)
+    if name == "foolbox":
+        import foolbox
+
+        box = foolbox.PyTorchModel(model, bounds=(0, 1), device=task.device)
+        fool = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=STEPS, random_start=True)
+        return lambda: fool(box, images, labels, epsilons=radius)
+    fields = {"early_stop": False, **OURS[name]}
+    engine = om.Engine(**fields.pop("engine", {}))
     ball = om.ImageBall(norm="linf", radius=radius)
-    ours = om.PGD(ball, steps=STEPS, step_size=step, early_stop=False)
-    low = om.PGD(
-        ball, steps=STEPS, step_size=step, early_stop=False, engine=om.Engine(precision="bf16")
-    )
-    dropping = om.PGD(ball, steps=STEPS, step_size=step, early_stop=True)
-    theirs = torchattacks.PGD(model, eps=radius, alpha=step, steps=STEPS, random_start=True)
-    box = foolbox.PyTorchModel(model, bounds=(0, 1))
-    fool = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=STEPS, random_start=True)
-    compiled = om.Engine(precision="bf16", compile=True)
-    fused = om.PGD(ball, steps=STEPS, step_size=step, early_stop=False, engine=compiled)
-    calls: dict[str, Callable[[], object]] = {
-        "floor": floor(model, images, labels),
-        "onmanifold": lambda: ours(model, images, labels),
-        "onmanifold bf16": lambda: low(model, images, labels),
-        "torchattacks": lambda: theirs(images, labels),
-        "foolbox": lambda: fool(box, images, labels, epsilons=radius),
-    }
-    if images.is_cuda:
-        calls["onmanifold bf16, compiled"] = lambda: fused(model, images, labels)
-    if early:
-        calls["onmanifold, fooled dropped"] = lambda: dropping(model, images, labels)
-    return calls
+    ours = om.PGD(ball, steps=STEPS, step_size=step, engine=engine, **fields)
+    return lambda: ours(model, images, labels)
 
 
-def trained(batch: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+def trained(task: Task) -> tuple[nn.Module, Tensor, Tensor]:
     """The small net normally trained on Fashion-MNIST (FONTS where that is missing), and test images."""
     try:
-        train, test = (om.load_dataset("fashion_mnist", split) for split in ("train", "test"))
+        name, test = "fashion_mnist", om.load_dataset("fashion_mnist", "test")
     except om.OnManifoldError:
-        train, test = (om.load_dataset("fonts", split) for split in ("train", "test"))
-    config = {"epochs": 2, "validation_fraction": 0}
-    model = om.train("normal", "conv_net", train.take(20_000), config).classifier
-    images, labels, *_ = test.batch(torch.arange(batch), device)
-    return model.to(device), images, labels
+        name, test = "fonts", om.load_dataset("fonts", "test")
+    path = task.folder / f"normal_{name}.safetensors"
+    if not path.exists():
+        config = {"epochs": 2, "validation_fraction": 0}
+        train = om.load_dataset(name, "train").take(20_000)
+        om.save_classifier(om.train("normal", "conv_net", train, config).classifier, path)
+    images, labels, *_ = test.batch(torch.arange(task.batch), task.device)
+    return om.load_classifier(path).eval().to(task.device), images, labels
 
 
 def untrained(
@@ -101,31 +126,31 @@ def main() -> None:
     """Print a table of ratios for each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["conv_net", "resnet18", "wide_resnet"])
+    parser.add_argument("--only", choices=list(SETTINGS))
     parser.add_argument("--batch", type=int, help="images per batch, in place of each model's own")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--together", action="store_true", help="all in one process")
+    parser.add_argument("--keep", type=Path, default=Path("runs/benchmarks"))
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    settings = {
-        "conv_net": ((1, 28, 28), 256, 0.1),
-        "resnet18": ((3, 32, 32), 64, 8 / 255),
-        "wide_resnet": ((3, 32, 32), 256, 8 / 255),
-    }
-    chosen = [arguments.only] if arguments.only else ["conv_net", "resnet18"]
-    for name in chosen:
-        shape, batch, radius = settings[name]
-        batch = arguments.batch or batch
-        if name == "conv_net":
-            model, images, labels = trained(batch, arguments.device)
+    for network in [arguments.only] if arguments.only else ["conv_net", "resnet18"]:
+        batch = arguments.batch or SETTINGS[network][1]
+        task = Task(network, batch, arguments.device, arguments.keep)
+        names = ["floor", "onmanifold", "onmanifold bf16", "torchattacks", "foolbox"]
+        if arguments.device != "cpu":
+            names.append("onmanifold bf16, compiled")
+        if network == "conv_net":
+            trained(task)  # once, before several processes look for it
+            names.append("onmanifold, fooled dropped")
+        if arguments.together:
+            calls = {name: candidate(name, task) for name in names}
+            seconds = interleave(calls, rounds=arguments.rounds)
         else:
-            model, images, labels = untrained(name, shape, batch, arguments.device)
-        calls = candidates(model, images, labels, radius, early=name == "conv_net")
-        seconds = interleave(calls, rounds=arguments.rounds)
-        print(f"\nPGD-{STEPS}, {name}, batch {batch}, {torch.get_num_threads()} threads")
+            seconds = interleave_apart(candidate, names, task, rounds=arguments.rounds)
+        print(f"\nPGD-{STEPS}, {network}, batch {batch}, {torch.get_num_threads()} threads")
         print(f"{'':28}{'× floor':>10}{'× onmanifold':>14}")
-        for call in calls:
-            floors, ours = ratio(seconds, call, "floor"), ratio(seconds, call, "onmanifold")
-            print(f"{call:28}{floors:10.3f}{ours:14.3f}")
+        for name in names:
+            floors, ours = ratio(seconds, name, "floor"), ratio(seconds, name, "onmanifold")
+            print(f"{name:28}{floors:10.3f}{ours:14.3f}")
 
 
 if __name__ == "__main__":

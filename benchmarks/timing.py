@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from typing import Any
 
 import torch
+
+Maker = Callable[..., Callable[[], object]]
+"""Makes a candidate from its name and a task; a function of a module, so that another process can find it."""
 
 
 def interleave(
@@ -35,3 +43,39 @@ def ratio(seconds: Mapping[str, list[float]], name: str, over: str) -> float:
     """Median over the rounds of ``name``'s time divided by that of ``over`` in the same round."""
     pairs = zip(seconds[name], seconds[over], strict=True)
     return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def interleave_apart(
+    make: Maker, names: Sequence[str], task: Any, rounds: int = 5, warmup: int = 1
+) -> dict[str, list[float]]:
+    """As `interleave`, each candidate in a process of its own, as its users run it.
+
+    Args:
+        make: Makes a candidate from its name and the task.
+        names: Of the candidates.
+        task: Hashable; handed to ``make``.
+        rounds: How often each is timed.
+        warmup: Rounds before that.
+    """
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in names}
+        for turn in range(warmup + rounds):
+            for name, pool in pools.items():
+                elapsed = pool.submit(_timed, make, name, task).result()
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+    return seconds
+
+
+@functools.cache
+def _made(make: Maker, name: str, task: Any) -> Callable[[], object]:
+    return make(name, task)
+
+
+def _timed(make: Maker, name: str, task: Any) -> float:
+    call = _made(make, name, task)
+    begin = _now()
+    call()
+    return _now() - begin

@@ -2,8 +2,8 @@
 
 The floor is what no attack can avoid: steps × (forward + backward to the input) of the folded, channels_last
 float32 model alone, with the memory setting of the engine. Ratios are medians over rounds of times taken in the
-same round; bare seconds say little on a machine that others use. Each candidate runs in a process of its own, as its
-users run it; ``--together`` runs all in one, where the peers profit from that setting.
+same round; bare seconds say little on a machine that others use. Each candidate runs in a process of its own, as
+its users run it; ``--together`` runs all in one, where the peers profit from that setting.
 """
 
 from __future__ import annotations

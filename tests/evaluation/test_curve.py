@@ -224,7 +224,7 @@ def test_members_that_broke_a_sample_are_named(model, dataset):
 
     curve = budget_curve(model, dataset, Pair(BALL, steps=3), [0.01, 0.02])
     names = curve.ledger["found_by"].to_pylist()
-    assert names == [None if radius == 0 else "second" for radius in curve.breaking_radius]
+    assert names == ["second" if 0 < radius < np.inf else None for radius in curve.breaking_radius]
 
 
 def test_progress_counts_broken_samples_as_done(model, dataset, curve):

@@ -247,7 +247,8 @@ def test_no_trace_loses_a_backward_pass(transform):
         with frozen(model, images, Engine()) as network:
             assert not network.folded
             found = gradient_of(network, images, weights)
-        assert torch.equal(found, gradient_of(model, images, weights))
+        # But for rounding, which another number of threads changes.
+        torch.testing.assert_close(found, gradient_of(model, images, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_wrong_is_said():

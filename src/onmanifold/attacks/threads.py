@@ -16,6 +16,8 @@ _SMALL_PASS = 200_000_000
 # Operations of one image's forward pass up to which threads work better side by side than together.
 _SMALL_MODEL = 50_000_000
 _SMALLEST_PART = 32
+# Where they cannot be counted: as for a large model.
+_UNKNOWN = 2**62
 
 _operations: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -49,9 +51,15 @@ def suitable_workers(model: nn.Module, images: Tensor, threads: int) -> int:
 
 def _operations_of(model: nn.Module, images: Tensor) -> int:
     if model not in _operations:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(images[:1])
-        _operations[model] = int(counter.get_total_flops())
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(images[:1])
+            _operations[model] = int(counter.get_total_flops())
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # Such as that of a model that takes gradients in its forward pass, which the counter does not bear.
+            _operations[model] = _UNKNOWN
     return _operations[model]
 
 

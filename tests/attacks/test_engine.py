@@ -524,3 +524,25 @@ def test_a_model_that_casts_inside_runs_bfloat16_by_autocast():
     images = torch.rand(4, 1, 8, 8)
     attack = om.PGD(om.ImageBall(), steps=2, engine=Engine(precision="bf16"))
     assert attack(model, images, torch.zeros(4, dtype=torch.int64)).images.shape == images.shape
+
+
+class TakesGradients(nn.Module):
+    """Moves each image a little before it classifies it, as test-time defences do."""
+
+    def __init__(self, core):
+        super().__init__()
+        self.core = core
+
+    def forward(self, images):
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            step = torch.autograd.grad(self.core(leaf).logsumexp(1).sum(), leaf)[0]
+        return self.core(images - 0.01 * step.sign())
+
+
+def test_a_model_that_takes_gradients_is_attacked_on_several_threads(two_threads, own_net):
+    model, images = TakesGradients(own_net()), torch.rand(40, 1, 8, 8)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    result = PGD(ImageBall("linf", 0.05), 5)(model, images, labels)
+    assert result.success.any()

@@ -17,6 +17,7 @@ KINDS = {
     "OBJECTIVES": "objective",
     "ATTACKS": "attack",
     "METHODS": "method",
+    "FITS": "fit",
     "SCHEDULES": "schedule",
 }
 """Names of the registries in the source, and the kinds that they hold."""

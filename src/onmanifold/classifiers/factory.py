@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import secrets
 from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 # Imported for their registrations.
 from onmanifold.classifiers import plain, residual  # noqa: F401
 from onmanifold.classifiers.layers import Classifier
+from onmanifold.foundation.building import build_seeded
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import CLASSIFIERS
 
@@ -46,36 +43,11 @@ def build_classifier(
     >>> classifier(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 3])
     """
-    given = dict(name) if isinstance(name, Mapping) else {"type": name}
-    values = (
-        {"num_classes": num_classes, "image_shape": tuple(image_shape), "seed": seed}
-        | options
-        | given
-    )
-    chosen = values.pop("seed")
-    if chosen is None:
-        chosen = secrets.randbits(31)
-    if not isinstance(chosen, int):
-        raise ConfigError(f"classifier: expected an integer seed, found {chosen!r}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(chosen)
-        classifier = CLASSIFIERS.build(values)
+    shared = {"num_classes": num_classes, "image_shape": tuple(image_shape)}
+    classifier, spec = build_seeded(CLASSIFIERS, name, seed, shared | options)
     if not isinstance(classifier, Classifier):
         raise ConfigError(
-            f"classifier {values['type']!r} is no Classifier but {type(classifier).__name__}."
+            f"classifier {spec['type']!r} is no Classifier but {type(classifier).__name__}."
         )
-    classifier.spec = _complete(values) | {"seed": chosen}
+    classifier.spec = spec
     return classifier
-
-
-def _complete(values: dict[str, Any]) -> dict[str, Any]:
-    """The specification with all defaults said, as plain data: it outlives a change of a default."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(CLASSIFIERS.get(values["type"])).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    complete = {"type": values["type"]} | defaults | values
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in complete.items()
-    }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.randomness import normal, uniform
 from onmanifold.foundation.registry import MANIFOLDS
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Manifold(nn.Module, ABC):
         latent_size: Leading columns that may move.
         image_shape: (C, H, W).
         box: Latents live in [-box, box]; None: everywhere.
+        spec: What rebuilds it, up to its weights; empty where nothing does.
     """
 
     name: str = "manifold"
@@ -60,6 +62,11 @@ class Manifold(nn.Module, ABC):
     latent_size: int
     image_shape: tuple[int, int, int]
     box: float | None = None
+    spec: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = {}
 
     @property
     def levels(self) -> Mapping[int, slice]:
@@ -78,6 +85,22 @@ class Manifold(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of codes (B, code_size)."""
+
+    def sample_codes(self, labels: Tensor, seed: int = 0, indices: Tensor | None = None) -> Tensor:
+        """Random codes (B, code_size) float32: a draw from the manifold's own distribution of codes.
+
+        Args:
+            labels: (B,) int64, wanted classes; a manifold that knows no classes ignores them.
+            seed: Which draw.
+            indices: (B,) int64 sample indices, on which each draw depends; None: 0 to B − 1.
+        """
+        if self.code_size != self.latent_size:
+            raise NotImplementedError(f"{type(self).__name__} does not say how to draw its codes.")
+        indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+        shape = (self.latent_size,)
+        if self.box is None:
+            return normal(seed, indices, shape, stream="codes")
+        return (2 * uniform(seed, indices, shape, stream="codes") - 1) * self.box
 
     def chart(self, codes: Tensor) -> Chart:
         """The chart around ``codes``; what does not change during an attack is computed here, once."""

@@ -107,18 +107,24 @@ class FontsManifold(Manifold):
             raise InputError(f"ranges: expected six pairs (lowest, highest), found {ranges}.")
         if font_names and len(font_names) != len(prototypes):
             raise InputError(f"font_names: found {len(font_names)} for {len(prototypes)} fonts.")
-        self.font_names = font_names or tuple(str(number) for number in range(len(prototypes)))
+        self.font_names = tuple(font_names) or tuple(map(str, range(len(prototypes))))
+        self.ranges = tuple((float(low), float(high)) for low, high in ranges)
         self.image_shape = (1, *prototypes.shape[2:])
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("centres", bounds.mean(dim=1))
         self.register_buffer("half_ranges", (bounds[:, 1] - bounds[:, 0]) / 2)
-        digest = hashlib.blake2b(repr(ranges).encode(), digest_size=12)
-        digest.update(prototypes.numpy(force=True).tobytes())
-        self._fingerprint = f"fonts-{digest.hexdigest()}"
+        self.spec = {
+            "type": "letters",
+            "shape": list(prototypes.shape),
+            "ranges": [list(pair) for pair in self.ranges],
+            "font_names": list(self.font_names),
+        }
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint
+        digest = hashlib.blake2b(repr(self.ranges).encode(), digest_size=12)
+        digest.update(self.prototypes.numpy(force=True).tobytes())
+        return f"fonts-{digest.hexdigest()}"
 
     @property
     def num_fonts(self) -> int:
@@ -159,6 +165,23 @@ class FontsManifold(Manifold):
         second for each, and finds a near image but not always the very font.
         """
         return identify(self, images, labels)
+
+    def sample_codes(self, labels: Tensor, seed: int = 0, indices: Tensor | None = None) -> Tensor:
+        """Codes of random fonts and transformations, of the classes ``labels`` (B,); see `Manifold`."""
+        indices = torch.arange(len(labels), device=labels.device) if indices is None else indices
+        latents = 2 * uniform(seed, indices, (self.latent_size,), stream="codes") - 1
+        font = integers(seed, indices, self.num_fonts, stream="codes/font")
+        return torch.cat([latents, font.unsqueeze(1), labels.unsqueeze(1)], dim=1)
+
+
+@MANIFOLDS.register("letters")
+def letters_manifold(
+    shape: tuple[int, int, int, int],
+    ranges: tuple[tuple[float, float], ...] = RANGES["hard"],
+    font_names: tuple[str, ...] = (),
+) -> FontsManifold:
+    """Empty letters, whose prototypes come from a file: what a saved FONTS manifold is rebuilt from."""
+    return FontsManifold(torch.zeros(shape, dtype=torch.uint8), ranges, font_names)
 
 
 @MANIFOLDS.register("fonts")

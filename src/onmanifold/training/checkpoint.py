@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,12 +146,3 @@ def restore_module(module: nn.Module, tensors: Mapping[str, Tensor], path: str |
         module.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise CheckpointError(f"{path} is a checkpoint of another model: {error}") from error
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of a module's weights and buffers, names and shapes included."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

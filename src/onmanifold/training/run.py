@@ -18,7 +18,7 @@ from onmanifold.classifiers import build_classifier
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.memory import keep_freed_memory
 from onmanifold.foundation.registry import METHODS, Context, build_component, describe
-from onmanifold.training.checkpoint import weights_digest
+from onmanifold.foundation.weights import weights_digest
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.log import History, TensorBoard, progress_bar
 from onmanifold.training.loop import Training

@@ -45,9 +45,13 @@ from .evaluation import uar as uar
 from .evaluation import unseen_attacks as unseen_attacks
 from .foundation.errors import OnManifoldError as OnManifoldError
 from .manifolds import FontsManifold as FontsManifold
+from .manifolds import LearnedManifold as LearnedManifold
 from .manifolds import Manifold as Manifold
+from .manifolds import build_manifold as build_manifold
 from .manifolds import fonts_manifold as fonts_manifold
+from .manifolds import load_manifold as load_manifold
 from .manifolds import project as project
+from .manifolds import save_manifold as save_manifold
 from .objectives import DLR as DLR
 from .objectives import CrossEntropy as CrossEntropy
 from .objectives import KullbackLeibler as KullbackLeibler
@@ -67,9 +71,12 @@ from .threats import Threat as Threat
 from .threats import TransformationBall as TransformationBall
 from .training import DMAT as DMAT
 from .training import AdversarialTraining as AdversarialTraining
+from .training import Fit as Fit
+from .training import FitResult as FitResult
 from .training import Method as Method
 from .training import Normal as Normal
 from .training import RandomPerturbationTraining as RandomPerturbationTraining
 from .training import TrainingConfig as TrainingConfig
 from .training import TrainingResult as TrainingResult
+from .training import fit as fit
 from .training import train as train

@@ -96,6 +96,10 @@ def _registrations(node: Definition) -> list[tuple[str, str]]:
 def _fields(node: Definition, classes: Mapping[str, ast.ClassDef]) -> list[str]:
     if isinstance(node, ast.FunctionDef):
         return _arguments(node.args)
+    makers = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+    for maker in makers:
+        if maker.name == "__init__":
+            return [name for name in _arguments(maker.args) if name.rstrip("*") != "self"]
     # As a dataclass has them: those of its bases first, a redefined one at its old place.
     fields: dict[str, str] = {}
     for base in node.bases:

@@ -21,6 +21,7 @@ from onmanifold.cli_options import (
     Overrides,
     Precision,
     PrecisionOption,
+    Split,
     StoreOption,
     Threads,
 )
@@ -142,6 +143,29 @@ def train(
 
 @app.command()
 @explained
+def fit(
+    source: Annotated[
+        str, typer.Argument(metavar="FIT", help="A fit file (YAML), or a manifold such as glow.")
+    ],
+    overrides: Overrides = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Which dataset; beside a mere name.")
+    ] = None,
+    out: Out = None,
+    device: DeviceOption = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Learn a manifold from images, and measure it; goes on where it stopped."""
+    from onmanifold.experiments.fits import load_fit, run_fit
+
+    _use_threads(threads)
+    spec = load_fit(source, dataset, overrides or ())
+    run_fit(spec, out, device=device, say=typer.echo, bars=sys.stderr.isatty())
+
+
+@app.command()
+@explained
 def evaluate(
     checkpoint: Checkpoint,
     overrides: Overrides = None,
@@ -236,19 +260,55 @@ def project(
         typer.Argument(help="Images kept by `onmanifold attack`; default: clean test images."),
     ] = None,
     experiment: ExperimentOption = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, a setting of the experiment.")
+    manifold: Annotated[
+        Path | None,
+        typer.Option("--manifold", "-m", help="A saved manifold; projects a whole dataset on it."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 100,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Which dataset, beside --manifold.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which part of the dataset.")] = "test",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE of the experiment; beside --manifold such as config.steps=100."
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of images; default: 100, or the whole dataset."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the on-manifold dataset.")
+    ] = None,
+    device: DeviceOption = "auto",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Find the codes of images on the manifold, and how far from it the images are."""
-    from onmanifold.experiments.checkpoints import project_images
+    """Find the codes of images on a manifold, and how far from it they are; or make a dataset of them.
 
+    With --manifold the images of a dataset are projected into the folder --out, which
+    load_dataset("on_manifold", folder=...) reads; the same command goes on where it stopped. Without, some
+    images of an experiment are projected onto its manifold, and their distances are told.
+    """
     _use_threads(threads)
-    for line in project_images(_setup(experiment, setting, None), images, count):
-        typer.echo(line)
+    if manifold is None and dataset is None and out is None:
+        from onmanifold.experiments.checkpoints import project_images
+
+        for line in project_images(_setup(experiment, setting, None), images, count or 100):
+            typer.echo(line)
+        return
+    from onmanifold.experiments.projecting import request, run_projection
+    from onmanifold.foundation.errors import ConfigError
+
+    if images is not None or experiment is not None:
+        raise ConfigError("project: expected either a whole dataset, or images of an experiment.")
+    if manifold is None or dataset is None or out is None:
+        raise ConfigError("project: a whole dataset needs --manifold, --dataset and --out.")
+    spec = request(manifold, dataset, split, count, setting or ())
+    found = run_projection(spec, out, device=device, bars=sys.stderr.isatty())
+    show(found.to_rich())
+    typer.echo(f"On-manifold dataset: {found.directory}")
 
 
 @app.command()

@@ -138,12 +138,14 @@ class Recording(Method):
 def record(dataset, network, **fields):
     from lightning_fabric import Fabric
 
+    from onmanifold.training.classification import Classification
     from onmanifold.training.loop import Training
 
     method = Recording()
     config = TrainingConfig(**{"threads": 1, "validation_fraction": 0.0, **fields})
     fabric = Fabric(accelerator="cpu", devices=1)
-    training = Training(method, network, dataset, config, 0, None, fabric)
+    task = Classification(method, network, config)
+    training = Training(task, dataset, config, 0, None, fabric)
     training.run(lambda epoch, step, loss: None, lambda entry: None)
     return method.steps
 
@@ -232,7 +234,7 @@ def test_best_weights_are_those_of_the_best_robust_accuracy(network, dataset, tm
 
 
 def test_validation_is_held_out_of_the_training_images(network, dataset, monkeypatch):
-    from onmanifold.training import loop
+    from onmanifold.training import classification
 
     validated = []
 
@@ -240,7 +242,7 @@ def test_validation_is_held_out_of_the_training_images(network, dataset, monkeyp
         validated.append(held_out.indices)
         return 0.5, None
 
-    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(classification, "validate", validate)
     steps = record(dataset, network, epochs=1, batch_size=25, validation_fraction=0.25)
     trained = torch.cat([step.indices for step in steps])
     assert len(validated[0]) == 30

@@ -97,7 +97,7 @@ def prepare(experiment: Experiment) -> Setup:
             name: replace(attack, engine=replace(attack.engine, precision=precision))
             for name, attack in attacks.items()
         }
-    train, test = (_load(experiment.dataset, split) for split in ("train", "test"))
+    train, test = (load_split(experiment.dataset, split) for split in ("train", "test"))
     if (train.image_shape, train.classes) != (test.image_shape, test.classes):
         raise ConfigError("dataset: training and test images differ in shape or classes.")
     setup = Setup(experiment, train, test, manifold, methods, attacks, training)
@@ -122,6 +122,9 @@ def _build_all(
 
 def _manifold(experiment: Experiment) -> Manifold | None:
     if experiment.manifold is not None:
+        # Registers "fitted", which no lower room can know.
+        from onmanifold.experiments import fits  # noqa: F401
+
         try:
             manifold = MANIFOLDS.build(experiment.manifold)
         except ConfigError as error:
@@ -146,7 +149,13 @@ def _options(spec: DatasetSpec) -> dict[str, Any]:
     return options
 
 
-def _load(spec: DatasetSpec, split: str) -> Dataset:
+def load_split(spec: DatasetSpec, split: str) -> Dataset:
+    """The training or test images that a specification asks for.
+
+    Raises:
+        ConfigError: There are fewer images than asked for, or an option is wrong.
+        DataError: The data is missing or damaged.
+    """
     size = spec.train if split == "train" else spec.test
     if spec.type == "fonts":
         sized = {} if size is None else {"size": size}

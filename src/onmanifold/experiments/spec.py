@@ -229,7 +229,7 @@ def parse_experiment(content: Mapped, label: str) -> Experiment:
     """
     values = dict(content)
     if "dataset" in values:
-        values["dataset"] = _dataset(values["dataset"], f"{label}: dataset")
+        values["dataset"] = parse_dataset(values["dataset"], f"{label}: dataset")
     if isinstance(values.get("classifier"), str):
         values["classifier"] = {"type": values["classifier"]}
     if isinstance(evaluation := values.get("evaluation"), Mapping):
@@ -247,7 +247,12 @@ def parse_experiment(content: Mapped, label: str) -> Experiment:
     return experiment
 
 
-def _dataset(value: object, label: str) -> DatasetSpec:
+def parse_dataset(value: object, label: str) -> DatasetSpec:
+    """A dataset's name, or a mapping with its type, numbers of images and options, as a specification.
+
+    Raises:
+        ConfigError: Neither, or a number of images that is none; the message begins with ``label``.
+    """
     if isinstance(value, str):
         return DatasetSpec(value)
     if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):

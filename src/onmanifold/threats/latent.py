@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import THREATS
 from onmanifold.manifolds.base import Chart, Manifold
 from onmanifold.threats.base import Ball, Region, Threat, Variables, check_norm, check_radius
 from onmanifold.threats.geometry import Norm
+
+# Layers that act otherwise in train mode, and then mix the samples of a batch or draw random numbers.
+_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 class LatentRegion(Region):
@@ -81,8 +84,20 @@ class LatentBall(Threat):
             )
 
     def around(self, images: Tensor, labels: Tensor, codes: Tensor | None = None) -> Region:
-        """The latent ball around each image's code; without ``codes`` the manifold encodes the images."""
+        """The latent ball around each image's code; without ``codes`` the manifold encodes the images.
+
+        Raises:
+            InputError: The manifold is in train mode, or the codes do not fit it.
+        """
         self.manifold.to(images.device)
+        if any(isinstance(part, _MODAL) and part.training for part in self.manifold.modules()):
+            raise InputError(
+                f"manifold: {self.manifold.name} is in train mode; expected `manifold.eval()` first."
+            )
+        with torch.no_grad():
+            return self._around(images, labels, codes)
+
+    def _around(self, images: Tensor, labels: Tensor, codes: Tensor | None) -> Region:
         codes = self.manifold.encode(images, labels) if codes is None else codes
         codes = self.manifold.check_codes(codes, len(images)).to(images)
         chart = self.manifold.chart(codes)

@@ -9,16 +9,23 @@ from onmanifold.training.methods import (
     RandomPerturbationTraining,
     Step,
 )
+from onmanifold.training.fits import ClosedForm, Fit, FitStep
 from onmanifold.training.run import TrainingResult, train
+from onmanifold.training.run_fit import FitResult, fit
 
 __all__ = [
     "DMAT",
     "AdversarialTraining",
+    "ClosedForm",
+    "Fit",
+    "FitResult",
+    "FitStep",
     "Method",
     "Normal",
     "RandomPerturbationTraining",
     "Step",
     "TrainingConfig",
     "TrainingResult",
+    "fit",
     "train",
 ]

@@ -24,12 +24,12 @@ class TrainingConfig(Component):
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes. An epoch is cut into batches of nearly equal size,
             none larger than this, so that no image is left out and no batch is tiny.
-        optimizer: "adam" or "sgd".
+        optimizer: "adam", "adamax" or "sgd".
         learning_rate: At factor 1 of the schedule.
         schedule: "constant", "exponential", "step", "cyclic" or "cosine", with its fields as a mapping.
         momentum: Of SGD.
         nesterov: Whether SGD's momentum is Nesterov's.
-        betas: Of Adam; the released code of Disentangling has (0.5, 0.9).
+        betas: Of Adam and Adamax; the released code of Disentangling has (0.5, 0.9).
         weight_decay: Added to the gradient as weight_decay · weight, for all weights.
         gradient_clip: Largest Euclidean norm of the gradient; None: not clipped.
         ema: Decay of the moving average of the weights, such as 0.995; the average is then what is validated
@@ -54,7 +54,7 @@ class TrainingConfig(Component):
 
     epochs: int = 20
     batch_size: int = 100
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamax", "sgd"] = "adam"
     learning_rate: float = 0.01
     schedule: Schedule = Exponential(decay=0.95)
     momentum: float = 0.9
@@ -105,7 +105,8 @@ class TrainingConfig(Component):
 
     def _check_choices(self) -> None:
         self._check("schedule", isinstance(self.schedule, Schedule), "a schedule")
-        self._check("optimizer", self.optimizer in ("adam", "sgd"), "'adam' or 'sgd'")
+        optimizers = ("adam", "adamax", "sgd")
+        self._check("optimizer", self.optimizer in optimizers, f"one of {', '.join(optimizers)}")
         precisions = ("32-true", "bf16-mixed", "64-true")
         self._check("precision", self.precision in precisions, f"one of {', '.join(precisions)}")
         self._check(

@@ -1,4 +1,4 @@
-"""The one training loop. It knows no method by name: a method turns a step into a loss, the loop does the rest.
+"""The one training loop. It knows no method and no generator: a task yields losses, the loop does the rest.
 
 All that is random depends on the seed and on where the training stands (epoch, step, sample), never on what
 happened before; so a checkpoint needs no random state, and a resumed training ends with the same bits as one
@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from onmanifold.classifiers import load_classifier
+from onmanifold.data.dataset import Batch
 from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import DataError, DivergenceError, InputError
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.ema import MovingAverage
 from onmanifold.training.guard import Interruption, default_dtype, own_generators, seed_generators
 from onmanifold.training.log import Progress
-from onmanifold.training.methods.base import Method, Step
+from onmanifold.training.optimizers import average_gradients, make_optimizer
 from onmanifold.training.state import RunFiles, State
-from onmanifold.training.validation import validate
+from onmanifold.training.task import Place, Record, Share, Task, Turn
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -43,11 +43,10 @@ def derive(seed: int, *purpose: object) -> int:
 
 
 class Training:
-    """One run of a method on a classifier; `train` is its public face.
+    """One run of a task; `train` and `fit` are its public faces.
 
     Args:
-        method: What loss is taken.
-        classifier: Trained in place.
+        task: What is trained.
         dataset: The training images; a share of them is held out for validation.
         config: How it is run.
         seed: Of the order of the images, and of all else that is random.
@@ -57,30 +56,28 @@ class Training:
 
     def __init__(
         self,
-        method: Method,
-        classifier: nn.Module,
+        task: Task,
         dataset: Dataset,
         config: TrainingConfig,
         seed: int,
         files: RunFiles | None,
         fabric: Fabric,
     ) -> None:
-        self.method, self.config, self.seed, self.fabric = method, config, seed, fabric
+        self.task, self.config, self.seed, self.fabric = task, config, seed, fabric
         self.files = files
-        self.rank, self.processes = fabric.global_rank, fabric.world_size
+        self.share = Share(fabric.global_rank, fabric.world_size, self._total)
         self._take_data(dataset)
-        self._take_classifier(classifier)
+        self._take_networks()
         self.state = State()
         self.best: dict[str, Tensor] | None = None
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
-        # Of the steps since the last look, on the device: mean loss, correct predictions; and their number.
+        # Of the steps since the last look, on the device.
         self.losses: list[Tensor] = []
-        self.correct: list[Tensor] = []
-        self.counted = 0
+        self.record = Record()
 
     def _take_data(self, dataset: Dataset) -> None:
-        config, device = self.config, self.fabric.device
+        config, device, processes = self.config, self.fabric.device, self.share.processes
         self.held_out: Dataset | None = None
         if config.validation_fraction > 0:
             dataset, held_out = dataset.split(config.validation_fraction, self.seed)
@@ -90,43 +87,48 @@ class Training:
         self.sizes = [
             len(part) for part in torch.arange(len(dataset)).tensor_split(max(self.steps, 1))
         ]
-        if min(self.sizes) < self.processes or (
-            self.held_out is not None and not len(self.held_out)
-        ):
+        if min(self.sizes) < processes or (self.held_out is not None and not len(self.held_out)):
             held_out_count = 0 if self.held_out is None else len(self.held_out)
             raise InputError(
                 f"dataset: {len(dataset)} images to train on and {held_out_count} held out are too few for "
-                f"{self.processes} processes with batch_size {config.batch_size}, validation_fraction "
+                f"{processes} processes with batch_size {config.batch_size}, validation_fraction "
                 f"{config.validation_fraction}."
             )
 
-    def _take_classifier(self, classifier: nn.Module) -> None:
-        config = self.config
-        self.convolutional = any(isinstance(part, nn.Conv2d) for part in classifier.modules())
-        if self.convolutional:
-            # The memory format in which convolutions are fastest, on CPUs and GPUs.
-            classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.classifier = classifier
-        self.model = self.fabric.setup_module(classifier)
+    def _take_networks(self) -> None:
+        config, task = self.config, self.task
         self.dtype = torch.float64 if config.precision == "64-true" else torch.float32
-        self.parameters = [
-            parameter for parameter in classifier.parameters() if parameter.requires_grad
+        for module in task.modules.values():
+            module.to(self.fabric.device, self.dtype)
+            if task.convolutional:
+                # The memory format in which convolutions are fastest, on CPUs and GPUs.
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self.share.processes > 1:
+                # The initial weights of the first process are the run's.
+                weights = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+                module.load_state_dict(self.fabric.broadcast(weights))
+        task.autocast = self.fabric.autocast
+        self.parameters = {
+            name: [parameter for parameter in player.parameters() if parameter.requires_grad]
+            for name, player in task.players.items()
+        }
+        # Fabric would wrap the optimizers for gradient scaling and sharding; neither is used here.
+        self.optimizers = {
+            name: make_optimizer(parameters, config) for name, parameters in self.parameters.items()
+        }
+        self.average = None if config.ema is None else MovingAverage(task.model, config.ema)
+        buffers = [
+            buffer
+            for module in task.modules.values()
+            for buffer in module.buffers()
+            if buffer.is_floating_point()
         ]
-        # Fabric would wrap the optimizer for gradient scaling and sharding; neither is used here.
-        self.optimizer = _optimizer(self.parameters, config)
-        self.average = None if config.ema is None else MovingAverage(classifier, config.ema)
-        for part in self.model.modules():
-            if isinstance(part, nn.parallel.DistributedDataParallel):
-                # Before every forward pass the first process would impose its batch-norm statistics
-                # on the others, and what these saw would be lost; they are averaged after the step.
-                part.broadcast_buffers = False
-        buffers = [buffer for buffer in classifier.buffers() if buffer.is_floating_point()]
-        self.shared_buffers = buffers if self.processes > 1 else []
+        self.shared_buffers = buffers if self.share.processes > 1 else []
 
     @property
     def kept(self) -> nn.Module:
         """The model that is validated and kept: the moving average where there is one."""
-        return self.classifier if self.average is None else self.average.model
+        return self.task.model if self.average is None else self.average.model
 
     @property
     def finished(self) -> bool:
@@ -150,15 +152,33 @@ class Training:
             default_dtype(self.dtype),
             self.interruption.watched(),
         ):
+            if self.state.epoch == self.state.step == 0:
+                self._start()
             while not self.finished:
                 self._epoch(progress)
                 tell(self._finish_epoch())
 
+    def _start(self) -> None:
+        """What depends on data: from the whole first batch, so that all processes do the same."""
+        self._train_mode()
+        seed_generators(self.fabric.device, derive(self.seed, "start"))
+        self.task.start(self._batch(self._batches()[0]))
+        if self.average is not None:
+            self.average.model.load_state_dict(self.task.model.state_dict())
+
+    def _batches(self) -> tuple[Tensor, ...]:
+        """The positions of the images of each step of the epoch under way."""
+        stream = f"order/{self.state.epoch}"
+        order = randomness.permutation(self.seed, len(self.data), stream=stream)
+        return torch.split(order, self.sizes)
+
+    def _train_mode(self) -> None:
+        for module in self.task.modules.values():
+            module.train()
+
     def _epoch(self, progress: Progress) -> None:
-        state = self.state
-        order = randomness.permutation(self.seed, len(self.data), stream=f"order/{state.epoch}")
-        batches = torch.split(order, self.sizes)
-        self.model.train()
+        state, batches = self.state, self._batches()
+        self._train_mode()
         began = time.perf_counter()
         while state.step < self.steps:
             self._step(batches[state.step])
@@ -171,44 +191,62 @@ class Training:
                 self._save_where_due()
 
     def _step(self, positions: Tensor) -> None:
-        state, mine = self.state, positions[self.rank :: self.processes]
-        step = self._prepare(mine)
+        state, mine = self.state, positions[self.share.rank :: self.share.processes]
         rate = self.rate(state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.task.rates.get(name, 1.0)
+        batch = self._batch(mine)
         # For modules that draw from the global generators, such as dropout.
         seed_generators(
-            self.fabric.device, derive(self.seed, "step", state.epoch, state.step, self.rank)
+            self.fabric.device, derive(self.seed, "step", state.epoch, state.step, self.share.rank)
         )
-        loss = self.method.loss(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        # Processes average their gradients; where their shares of a batch differ, so do their weights.
-        share = len(mine) / len(positions)
-        self.fabric.backward(loss if self.processes == 1 else loss * (share * self.processes))
-        if self.config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip)
-        self.optimizer.step()
+        number = state.epoch * self.steps + state.step
+        total = self.config.epochs * self.steps
+        place = Place(state.epoch, number, total, derive(self.seed, "epoch", state.epoch))
+        # Processes add up their gradients; their shares of a batch may differ in size.
+        share, loss = len(mine) / len(positions), torch.zeros((), device=self.fabric.device)
+        for turn in self.task.turns(batch, place, self.record):
+            self._move(turn, share)
+            loss = loss + torch.stack([part.detach() for part in turn.values()]).sum()
+            if len(self.optimizers) > 1:
+                for name, part in turn.items():
+                    self.record.add(f"loss_{name}", part * len(mine), len(mine))
         if self.shared_buffers:
             self._average_buffers()
         if self.average is not None:
-            self.average.update(state.epoch * self.steps + state.step + 1)
-        self.losses.append(loss.detach() * share)
-        self.correct.append(step.correct)
-        self.counted += step.counted
+            self.average.update(number + 1)
+        self.losses.append(loss * share)
 
-    def _prepare(self, positions: Tensor) -> Step:
-        epoch = self.state.epoch
-        seed = derive(self.seed, "epoch", epoch)
+    def _move(self, turn: Turn, share: float) -> None:
+        """Let each player of a turn follow the gradient of its loss."""
+        for name in turn:
+            self.optimizers[name].zero_grad(set_to_none=True)
+        for place, (name, loss) in enumerate(turn.items(), start=1):
+            # Of one player all parameters are meant, which autograd finds by itself.
+            only: dict[str, Any] = {}
+            if len(self.optimizers) > 1:
+                only["inputs"] = self.parameters[name]
+            last = place == len(turn)
+            scaled = loss if self.share.processes == 1 else loss * share
+            self.fabric.backward(scaled, retain_graph=not last, **only)
+        for name in turn:
+            parameters = self.parameters[name]
+            if self.share.processes > 1:
+                average_gradients(parameters, self._total)
+            if self.config.gradient_clip is not None:
+                nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            self.optimizers[name].step()
+
+    def _batch(self, positions: Tensor) -> Batch:
         images, labels, codes, indices = self.data.batch(positions)
         if self.config.augmentation is not None:
+            seed = derive(self.seed, "epoch", self.state.epoch)
             images, codes = self.config.augmentation(images, indices, seed), None
         images = images.to(self.dtype)
-        if self.convolutional:
+        if self.task.convolutional:
             images = images.contiguous(memory_format=torch.channels_last)
-        precision = self.config.attack_precision
-        return Step(
-            self.model, self.classifier, images, labels, codes, indices, epoch, seed, precision
-        )
+        return Batch(images, labels, codes, indices)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step of the epoch under way: that of the schedule at the step's middle."""
@@ -217,14 +255,15 @@ class Training:
 
     @torch.no_grad()
     def _average_buffers(self) -> None:
-        flat = torch.cat([buffer.flatten() for buffer in self.shared_buffers]) / self.processes
+        flat = torch.cat([buffer.flatten() for buffer in self.shared_buffers])
+        flat = flat / self.share.processes
         parts = torch.split(self._total(flat), [buffer.numel() for buffer in self.shared_buffers])
         for buffer, part in zip(self.shared_buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))
 
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum over the processes."""
-        if self.processes == 1:
+        if self.fabric.world_size == 1:
             return tensor
         total = self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum")
         assert isinstance(total, Tensor)
@@ -232,7 +271,7 @@ class Training:
 
     def _wants_look(self) -> bool:
         """Whether there is something to do before the next look; several processes agree only on looks."""
-        return self.processes == 1 and (self.interruption.wanted or self._overdue())
+        return self.share.processes == 1 and (self.interruption.wanted or self._overdue())
 
     def _overdue(self) -> bool:
         elapsed = time.monotonic() - self.saved_at
@@ -240,16 +279,18 @@ class Training:
 
     def _look(self) -> None:
         """Add up the steps since the last look, and stop where the loss diverged."""
-        state = self.state
+        state, record = self.state, self.record
         losses = self._total(torch.stack(self.losses)).tolist()
-        state.correct += int(self._total(torch.stack(self.correct).sum()))
-        state.counted += int(self._total(torch.tensor(self.counted)))
         for step, loss in enumerate(losses, start=state.step - len(losses)):
             if not abs(loss) <= self.config.loss_limit:
                 what = "became NaN" if math.isnan(loss) else f"grew to {loss:.4g}"
                 raise self._divergence(f"The training loss {what}", step)
             state.loss += loss * self.sizes[step]
-        self.losses, self.correct, self.counted = [], [], 0
+        for name, summed in sorted(record.sums.items()):
+            parts = torch.stack([summed, torch.full_like(summed, record.counts[name])])
+            before, new = state.logged.get(name, (0.0, 0.0)), self._total(parts).tolist()
+            state.logged[name] = [before[0] + new[0], before[1] + new[1]]
+        self.losses, self.record = [], Record()
 
     def _divergence(self, what: str, step: int) -> DivergenceError:
         message = (
@@ -263,7 +304,10 @@ class Training:
     def _check_weights(self) -> None:
         """A finite loss may leave weights that are not finite: find them before they are kept."""
         tensors = [
-            tensor for tensor in self.classifier.state_dict().values() if tensor.is_floating_point()
+            tensor
+            for module in self.task.modules.values()
+            for tensor in module.state_dict().values()
+            if tensor.is_floating_point()
         ]
         if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             raise self._divergence(
@@ -282,48 +326,46 @@ class Training:
         """Validate, keep the best weights, write checkpoint and metrics."""
         state = self.state
         self._check_weights()
-        clean, robust = self._validate()
+        measured = self.task.validate(
+            self.kept, self.held_out, derive(self.seed, "validation"), self.share
+        )
         entry = {
             "epoch": state.epoch + 1,
             "train_loss": state.loss / len(self.data),
-            "train_accuracy": state.correct / state.counted if state.counted else None,
-            "validation_accuracy": clean,
-            "validation_robust_accuracy": robust,
+            **{f"train_{name}": mean for name, mean in state.means()},
+            **{f"validation_{name}": value for name, value in measured.items()},
             "learning_rate": self.rate(self.steps - 1),
             "seconds": round(state.seconds, 3),
             "examples_per_second": round(len(self.data) / max(state.seconds, 1e-9), 1),
         }
         state.history.append(entry)
         state.next_epoch()
-        # Without validation the latest weights are the best known; of equals, the later.
-        score = float(state.epoch) if clean is None else clean if robust is None else robust
+        # Without a score the latest weights are the best known; of equals, the later.
+        found = self.task.score(entry)
+        score = float(state.epoch) if found is None else found
         if score >= state.score:
             state.score, state.best_epoch = score, state.epoch
-            if self.files is None:
-                self.best = {
-                    name: tensor.clone() for name, tensor in self.kept.state_dict().items()
-                }
-            else:
-                files = self.files
-                self._together(lambda: files.keep_best(self.kept, entry))
+            self._keep_best(entry)
+        if self.files is not None:
+            pictures = self.files.directory / "pictures"
+            self._together(
+                lambda: self.task.illustrate(self.kept, self.held_out, pictures, state.epoch)
+            )
         if state.epoch % self.config.checkpoint_epochs == 0 or self.finished:
             self.save()
         return entry
 
-    def _validate(self) -> tuple[float | None, float | None]:
-        if self.held_out is None:
-            return None, None
-        chosen = self.config.validation_attack
-        return validate(
-            self.kept,
-            self.held_out,
-            self.method.attacks if chosen is None else [chosen],
-            seed=derive(self.seed, "validation"),
-            precision=self.config.attack_precision,
-            rank=self.rank,
-            processes=self.processes,
-            total=self._total,
-        )
+    def _keep_best(self, entry: Mapping[str, Any]) -> None:
+        if self.files is None:
+            self.best = {name: tensor.clone() for name, tensor in self.kept.state_dict().items()}
+            return
+        best = self.files.best
+        metadata = {
+            name: value
+            for name, value in entry.items()
+            if name == "epoch" or name.startswith("validation_")
+        }
+        self._together(lambda: self.task.keep(self.kept, best, metadata))
 
     def save(self) -> None:
         """Write the checkpoint; the first process does."""
@@ -332,7 +374,7 @@ class Training:
         if self.files is not None:
             files = self.files
             self._together(
-                lambda: files.save(self.state, self.classifier, self.optimizer, self.average)
+                lambda: files.save(self.state, self.task.modules, self.optimizers, self.average)
             )
 
     def _together(self, act: Callable[[], object], *, all_act: bool = False) -> None:
@@ -342,7 +384,7 @@ class Training:
             DataError: Another process failed.
         """
         failure: Exception | None = None
-        if all_act or self.rank == 0:
+        if all_act or self.share.rank == 0:
             try:
                 act()
             except Exception as error:
@@ -361,52 +403,28 @@ class Training:
         """
         if self.files is None:
             return
-        # The initial weights of the first process are the run's; those of the others need not be the same.
-        files = self.files
+        files, first = self.files, self.share.rank == 0
 
         def load() -> None:
             state = files.load(
-                *(self.classifier, self.optimizer, self.parameters, self.average),
-                check=self.rank == 0,
+                *(self.task.modules, self.optimizers, self.parameters, self.average), check=first
             )
             if state is not None:
                 self.state = state
-                if self.rank == 0:
+                if first:
                     files.write_metrics(state)
 
         self._together(load, all_act=True)
 
     def result(self) -> nn.Module:
-        """The classifier with the best weights, in eval mode."""
+        """The model with the best weights, in eval mode."""
+        task = self.task
         if self.files is not None:
             self.fabric.barrier()
-            load_classifier(self.files.best, self.classifier)
+            task.restore(self.files.best)
         elif self.best is not None:
-            self.classifier.load_state_dict(self.best)
-        if self.convolutional:
+            task.model.load_state_dict(self.best)
+        if task.convolutional:
             # As a user expects to find a module; other tools refuse weights in another memory format.
-            self.classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        return self.classifier.eval()
-
-
-def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    # The fused form goes through memory once, on CPUs too.
-    fused = (
-        True if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) else None
-    )
-    if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    return torch.optim.SGD(
-        parameters,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.nesterov,
-        fused=fused,
-    )
+            task.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return task.model.eval()

@@ -19,11 +19,13 @@ from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.memory import keep_freed_memory
 from onmanifold.foundation.registry import METHODS, Context, build_component, describe
 from onmanifold.foundation.weights import weights_digest
+from onmanifold.training.classification import Classification
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.log import History, TensorBoard, progress_bar
 from onmanifold.training.loop import Training
 from onmanifold.training.methods.base import Method
-from onmanifold.training.state import RunFiles
+from onmanifold.training.state import RunFiles, State
+from onmanifold.training.task import Task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -101,9 +103,6 @@ def train(
         spec = {"type": classifier} if isinstance(classifier, str) else classifier
         classifier = build_classifier(spec, dataset.num_classes, dataset.image_shape, seed)
     fabric = fabric or one_process(config.precision)
-    _check_fabric(fabric, config)
-    if tensorboard and directory is None:
-        raise InputError("tensorboard: needs a directory.")
     identity = {
         "method": describe(method),
         "training": config.identity,
@@ -111,34 +110,83 @@ def train(
         "classifier": {"type": type(classifier).__name__, "weights": weights_digest(classifier)},
         "seed": seed,
     }
+    threads = config.threads
+    if threads is None and fabric.device.type == "cpu":
+        threads = _suitable_threads(classifier, dataset.image_shape, config.batch_size)
+    task = Classification(method, classifier, config)
+    title = method.registered_name or type(method).__name__
+    options = RunOptions(directory, seed, progress, tensorboard, fabric, threads, title)
+    state, model, best = run_task(task, dataset, config, identity, options)
+    return TrainingResult(model, state.history, state.best_epoch, best)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a task is run, apart from what comes out.
+
+    Attributes:
+        directory: Where the files go; None: nothing is written.
+        seed: Of all that is random.
+        progress: Whether to show a progress bar.
+        tensorboard: Whether to write ``tensorboard/`` into the directory.
+        fabric: Devices and processes, launched.
+        threads: CPU threads; None: as set outside.
+        title: Of the progress bar.
+    """
+
+    directory: str | Path | None
+    seed: int
+    progress: bool
+    tensorboard: bool
+    fabric: Fabric
+    threads: int | None
+    title: str
+
+
+def run_task(
+    task: Task,
+    dataset: Dataset,
+    config: TrainingConfig,
+    identity: Mapping[str, Any],
+    options: RunOptions,
+) -> tuple[State, nn.Module, Path | None]:
+    """Train a task to its end, from where its directory says that it stands.
+
+    Args:
+        task: What is trained.
+        dataset: Training images.
+        config: How it is run.
+        identity: What determines the run, as plain data.
+        options: The rest.
+
+    Returns:
+        Where the training stands, the model with the best weights, and their file.
+
+    Raises:
+        InputError: The fabric does not fit the configuration, or TensorBoard lacks a directory.
+        CheckpointError: The directory holds another training, or a damaged one.
+    """
+    fabric, directory = options.fabric, options.directory
+    _check_fabric(fabric, config)
+    if options.tensorboard and directory is None:
+        raise InputError("tensorboard: needs a directory.")
     files = None if directory is None else RunFiles(Path(directory), identity)
     with ExitStack() as stack:
-        threads = config.threads
         if fabric.device.type == "cpu":
             keep_freed_memory()
-        if threads is None and fabric.device.type == "cpu":
-            threads = _suitable_threads(classifier, dataset.image_shape, config.batch_size)
-        stack.enter_context(own_threads(threads))
-        training = Training(method, classifier, dataset, config, seed, files, fabric)
+        stack.enter_context(own_threads(options.threads))
+        training = Training(task, dataset, config, options.seed, files, fabric)
         training.resume()
         if not training.finished:
             board = None
-            if tensorboard and files is not None and fabric.is_global_zero:
+            if options.tensorboard and files is not None and fabric.is_global_zero:
                 board = stack.enter_context(TensorBoard(files.directory))
-            title = method.registered_name or type(method).__name__
+            shown = options.progress and fabric.is_global_zero
             report = stack.enter_context(
-                progress_bar(
-                    title, config.epochs, training.steps, progress and fabric.is_global_zero
-                )
+                progress_bar(options.title, config.epochs, training.steps, shown)
             )
             training.run(report, board.write if board is not None else lambda entry: None)
-        result = training.result()
-    return TrainingResult(
-        result,
-        training.state.history,
-        training.state.best_epoch,
-        None if files is None else files.best,
-    )
+        return training.state, training.result(), None if files is None else files.best
 
 
 def one_process(precision: str, device: str = "auto") -> Fabric:

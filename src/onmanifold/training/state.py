@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onmanifold.classifiers import save_classifier
 from onmanifold.training import checkpoint as on_disk
 from onmanifold.training.ema import MovingAverage
 from onmanifold.training.log import History, write_metrics
@@ -25,8 +24,7 @@ class State:
         epoch: Epochs done.
         step: Steps done in the epoch under way.
         loss: Sum of the losses of the images seen in this epoch.
-        correct: Correct predictions in this epoch.
-        counted: Predictions that were counted.
+        logged: Of this epoch, what else is logged by name: its sum, and the number of values.
         seconds: Time spent in this epoch.
         score: The best validation score so far.
         best_epoch: The epoch that reached it, from 1; 0: none yet.
@@ -36,17 +34,22 @@ class State:
     epoch: int = 0
     step: int = 0
     loss: float = 0.0
-    correct: int = 0
-    counted: int = 0
+    logged: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     score: float = -math.inf
     best_epoch: int = 0
     history: History = field(default_factory=list)
 
+    def means(self) -> list[tuple[str, float | None]]:
+        """What was logged in this epoch, by name; None where there were no values."""
+        return [
+            (name, total / count if count else None) for name, (total, count) in self.logged.items()
+        ]
+
     def next_epoch(self) -> None:
         """Begin another epoch."""
         self.epoch += 1
-        self.step, self.loss, self.correct, self.counted, self.seconds = 0, 0.0, 0, 0, 0.0
+        self.step, self.loss, self.logged, self.seconds = 0, 0.0, {}, 0.0
 
 
 class RunFiles:
@@ -65,8 +68,8 @@ class RunFiles:
     def save(
         self,
         state: State,
-        classifier: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
         average: MovingAverage | None,
     ) -> None:
         """Write the checkpoint, then the metrics that agree with it.
@@ -74,27 +77,29 @@ class RunFiles:
         Raises:
             DataError: A file could not be written; the old ones are left as they were.
         """
-        tensors = on_disk.with_prefix("model", classifier.state_dict())
-        tensors |= on_disk.with_prefix("optimizer", on_disk.optimizer_tensors(optimizer))
-        if average is not None:
-            tensors |= on_disk.with_prefix("average", average.model.state_dict())
+        tensors: dict[str, Tensor] = {}
+        for name, module in self._modules(modules, average).items():
+            tensors |= on_disk.with_prefix(f"module/{name}", module.state_dict())
+        for name, optimizer in optimizers.items():
+            entries = on_disk.optimizer_tensors(optimizer)
+            tensors |= on_disk.with_prefix(f"optimizer/{name}", entries)
         on_disk.Checkpoint(self.identity, vars(state), tensors).write(self.last)
         self.write_metrics(state)
 
     def load(
         self,
-        classifier: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[Tensor],
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        parameters: Mapping[str, Sequence[Tensor]],
         average: MovingAverage | None,
         check: bool = True,
     ) -> State | None:
         """Put back what `save` wrote.
 
         Args:
-            classifier: Receives its weights.
-            optimizer: Receives its moments.
-            parameters: Those of the optimizer, in its order.
+            modules: Receive their weights.
+            optimizers: Receive their moments.
+            parameters: Those of each optimizer, in its order.
             average: Receives its weights.
             check: Whether to check that the checkpoint belongs to this run.
 
@@ -109,19 +114,19 @@ class RunFiles:
         found = on_disk.Checkpoint.read(self.last)
         if check:
             found.check_identity(self.identity, self.last)
-        weights = on_disk.without_prefix("model", found.tensors)
-        on_disk.restore_module(classifier, weights, self.last)
-        if average is not None:
-            weights = on_disk.without_prefix("average", found.tensors)
-            on_disk.restore_module(average.model, weights, self.last)
-        moments = on_disk.without_prefix("optimizer", found.tensors)
-        on_disk.restore_optimizer(optimizer, parameters, moments)
+        for name, module in self._modules(modules, average).items():
+            weights = on_disk.without_prefix(f"module/{name}", found.tensors)
+            on_disk.restore_module(module, weights, self.last)
+        for name, optimizer in optimizers.items():
+            moments = on_disk.without_prefix(f"optimizer/{name}", found.tensors)
+            on_disk.restore_optimizer(optimizer, parameters[name], moments)
         return State(**found.progress)
 
-    def keep_best(self, model: nn.Module, entry: Mapping[str, Any]) -> None:
-        """Write the weights of the best epoch so far, with its accuracies as metadata."""
-        names = ("epoch", "validation_accuracy", "validation_robust_accuracy")
-        save_classifier(model, self.best, {name: entry[name] for name in names})
+    @staticmethod
+    def _modules(
+        modules: Mapping[str, nn.Module], average: MovingAverage | None
+    ) -> dict[str, nn.Module]:
+        return {**modules, **({} if average is None else {"average": average.model})}
 
     def write_metrics(self, state: State) -> None:
         """Write a JSON line per epoch, all anew, so that they always agree with the checkpoint."""

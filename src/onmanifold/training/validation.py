@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import Precision
+from onmanifold.training.task import Share
 
 if TYPE_CHECKING:
     from onmanifold.data.dataset import Dataset
 
 _BATCH_SIZE = 250
+_ALONE = Share()
 
 
 @torch.no_grad()
@@ -26,9 +28,7 @@ def validate(
     *,
     seed: int,
     precision: Precision | None = None,
-    rank: int = 0,
-    processes: int = 1,
-    total: Callable[[Tensor], Tensor] = lambda counts: counts,
+    share: Share = _ALONE,
 ) -> tuple[float, float | None]:
     """Accuracy on clean images, and the share of images that withstand each of the attacks.
 
@@ -38,9 +38,7 @@ def validate(
         attacks: None: there is no robust accuracy.
         seed: Of the attacks; the same in each epoch, so that epochs can be compared.
         precision: Of the attacks; None: as each says.
-        rank: Number of this process.
-        processes: How many share the work.
-        total: Sums a tensor over the processes.
+        share: The part of this process.
 
     Returns:
         Both in [0, 1].
@@ -48,7 +46,7 @@ def validate(
     classifier.eval()
     dtype = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), torch.float32)
     counts = torch.zeros(2, dtype=torch.float64)
-    for positions in torch.split(torch.arange(rank, len(dataset), processes), _BATCH_SIZE):
+    for positions in torch.split(share.of(len(dataset)), _BATCH_SIZE):
         images, labels, codes, indices = dataset.batch(positions)
         images = images.to(dtype)
         standing = classifier(images).argmax(1) == labels
@@ -71,5 +69,5 @@ def validate(
             )
             standing[rows] = classifier(examples).argmax(1) == labels[rows]
         counts[1] += standing.sum().cpu()
-    clean, robust = (total(counts) / len(dataset)).tolist()
+    clean, robust = (share.total(counts) / len(dataset)).tolist()
     return clean, robust if attacks else None

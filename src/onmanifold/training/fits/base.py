@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from onmanifold.data.dataset import Dataset
 from onmanifold.foundation.registry import FITS, Component
 from onmanifold.manifolds.base import Manifold
-
-Turn = Mapping[str, Tensor]
-"""The losses () of the players that move at once, by name; each player follows its own."""
+from onmanifold.training.task import Turn
 
 
 @dataclass

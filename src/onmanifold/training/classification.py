@@ -1,0 +1,78 @@
+"""Training a classifier by a method: the task behind `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from onmanifold.classifiers import load_classifier, save_classifier
+from onmanifold.data.dataset import Batch
+from onmanifold.training.config import TrainingConfig
+from onmanifold.training.methods.base import Method, Step
+from onmanifold.training.task import Place, Record, Share, Task, Turn
+from onmanifold.training.validation import validate
+
+if TYPE_CHECKING:
+    from onmanifold.data.dataset import Dataset
+
+
+class Classification(Task):
+    """A classifier and the method that it is trained by.
+
+    Args:
+        method: What loss is taken.
+        classifier: Trained in place.
+        config: Says how robust accuracy is validated, and the precision of attacks.
+    """
+
+    def __init__(self, method: Method, classifier: nn.Module, config: TrainingConfig) -> None:
+        super().__init__(classifier, {"classifier": classifier})
+        self.method, self.config = method, config
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) in the precision of the training, as the default dtype."""
+        with self.autocast():
+            logits: Tensor = self.model(images)
+        return logits.to(torch.get_default_dtype())
+
+    def turns(self, batch: Batch, place: Place, record: Record) -> Iterator[Turn]:
+        """The method's loss."""
+        images, labels, codes, indices = batch
+        precision = self.config.attack_precision
+        step = Step(
+            *(self.forward, self.model, images, labels, codes, indices),
+            *(place.epoch, place.seed, precision),
+        )
+        yield {"classifier": self.method.loss(step)}
+        record.add("accuracy", step.correct, step.counted)
+
+    def validate(
+        self, model: nn.Module, held_out: Dataset | None, seed: int, share: Share
+    ) -> dict[str, float | None]:
+        """Clean accuracy, and the accuracy under all of the attacks."""
+        clean: float | None = None
+        robust: float | None = None
+        if held_out is not None:
+            chosen = self.config.validation_attack
+            attacks = self.method.attacks if chosen is None else [chosen]
+            precision = self.config.attack_precision
+            clean, robust = validate(
+                model, held_out, attacks, seed=seed, precision=precision, share=share
+            )
+        return {"accuracy": clean, "robust_accuracy": robust}
+
+    def score(self, entry: Mapping[str, Any]) -> float | None:
+        """Robust accuracy where it is measured, else clean accuracy."""
+        clean, robust = entry["validation_accuracy"], entry["validation_robust_accuracy"]
+        score: float | None = clean if robust is None else robust
+        return score
+
+    def keep(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
+        save_classifier(model, path, metadata)
+
+    def restore(self, path: Path) -> None:
+        load_classifier(path, self.model)

@@ -1,3 +1,9 @@
+from .analysis import Quality as Quality
+from .analysis import distance_by_neighbours as distance_by_neighbours
+from .analysis import distance_by_projection as distance_by_projection
+from .analysis import keeps_label as keeps_label
+from .analysis import measure_quality as measure_quality
+from .analysis import nearest_class as nearest_class
 from .attacks import APGD as APGD
 from .attacks import FAB as FAB
 from .attacks import FGSM as FGSM
@@ -20,6 +26,7 @@ from .classifiers import load_classifier as load_classifier
 from .classifiers import save_classifier as save_classifier
 from .data import Augmentation as Augmentation
 from .data import Dataset as Dataset
+from .data import beside as beside
 from .data import corrupt as corrupt
 from .data import corrupted as corrupted
 from .data import load_dataset as load_dataset
@@ -43,13 +50,16 @@ from .evaluation import inner_gradient as inner_gradient
 from .evaluation import transfer as transfer
 from .evaluation import uar as uar
 from .evaluation import unseen_attacks as unseen_attacks
+from .experiments.on_manifold import project_dataset as project_dataset
 from .foundation.errors import OnManifoldError as OnManifoldError
 from .manifolds import FontsManifold as FontsManifold
 from .manifolds import LearnedManifold as LearnedManifold
 from .manifolds import Manifold as Manifold
+from .manifolds import ProjectionConfig as ProjectionConfig
 from .manifolds import build_manifold as build_manifold
 from .manifolds import fonts_manifold as fonts_manifold
 from .manifolds import load_manifold as load_manifold
+from .manifolds import perceptual_distance as perceptual_distance
 from .manifolds import project as project
 from .manifolds import save_manifold as save_manifold
 from .objectives import DLR as DLR

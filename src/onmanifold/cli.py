@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,7 +21,6 @@ from onmanifold.cli_options import (
     Overrides,
     Precision,
     PrecisionOption,
-    Split,
     StoreOption,
     Threads,
 )
@@ -267,7 +266,9 @@ def project(
     dataset: Annotated[
         str | None, typer.Option("--dataset", "-d", help="Which dataset, beside --manifold.")
     ] = None,
-    split: Annotated[Split, typer.Option(help="Which part of the dataset.")] = "test",
+    split: Annotated[
+        Literal["train", "test"], typer.Option(help="Which part of the dataset.")
+    ] = "test",
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -285,11 +286,11 @@ def project(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Find the codes of images on a manifold, and how far from it they are; or make a dataset of them.
+    """Find the codes of images on a manifold, and how far from it they are.
 
-    With --manifold the images of a dataset are projected into the folder --out, which
-    load_dataset("on_manifold", folder=...) reads; the same command goes on where it stopped. Without, some
-    images of an experiment are projected onto its manifold, and their distances are told.
+    With --manifold all images of a dataset go into --out, with their codes:
+    load_dataset("on_manifold", folder=...) reads them. The same command goes on
+    where it stopped. Without, the distances of some test images are told.
     """
     _use_threads(threads)
     if manifold is None and dataset is None and out is None:
@@ -298,7 +299,7 @@ def project(
         for line in project_images(_setup(experiment, setting, None), images, count or 100):
             typer.echo(line)
         return
-    from onmanifold.experiments.projecting import request, run_projection
+    from onmanifold.experiments.projecting import reconstruction_table, request, run_projection
     from onmanifold.foundation.errors import ConfigError
 
     if images is not None or experiment is not None:
@@ -307,7 +308,7 @@ def project(
         raise ConfigError("project: a whole dataset needs --manifold, --dataset and --out.")
     spec = request(manifold, dataset, split, count, setting or ())
     found = run_projection(spec, out, device=device, bars=sys.stderr.isatty())
-    show(found.to_rich())
+    show(reconstruction_table(found))
     typer.echo(f"On-manifold dataset: {found.directory}")
 
 

@@ -115,7 +115,7 @@ def test_a_network_that_is_no_longer_known(classifier, tmp_path):
 def test_the_file_is_plain_safetensors_with_a_readable_header(classifier, tmp_path):
     path = save_classifier(classifier, tmp_path / "net.safetensors")
     with safetensors.safe_open(path, framework="pt") as file:
-        assert json.loads(file.metadata()["spec"]) == classifier.spec
+        assert json.loads(file.metadata()["onmanifold"])["spec"] == classifier.spec
         assert set(file.keys()) == set(classifier.state_dict())
 
 

@@ -49,22 +49,30 @@ class Case:
 
 # Options that make each as small as its kind allows. Those that encode by search are given codes.
 CASES = {
-    "ppca": Case({"type": "ppca", "latent_size": 4}, (1, 6, 6), {}),
+    "ppca": Case({"type": "ppca", "latent_size": 4, "conditional": False}, (1, 6, 6), {}),
     "ppca_conditional": Case(
         {"type": "ppca", "latent_size": 3, "conditional": True}, (3, 5, 4), {}
     ),
-    "cvae_mlp": Case({"type": "cvae", "network": "mlp", "latent_size": 3}, (1, 28, 28)),
-    "cvae_conv": Case({"type": "cvae", "network": "conv", "latent_size": 3}, (3, 32, 32)),
-    "vae_gan": Case({"type": "vae_gan", "class_specific": False, "latent_size": 3}, (1, 28, 28)),
+    "cvae_mlp": Case(
+        {"type": "cvae", "network": "mlp", "latent_size": 3, "hidden_size": 16}, (1, 28, 28)
+    ),
+    "cvae_conv": Case(
+        {"type": "cvae", "network": "conv", "latent_size": 3, "channels": [4, 8, 8, 8]}, (3, 32, 32)
+    ),
+    "vae_gan": Case(
+        {"type": "vae_gan", "class_specific": False, "latent_size": 3, "channels": [4, 8, 8]},
+        (1, 28, 28),
+    ),
     "vae_gan_classes": Case(
-        {"type": "vae_gan", "class_specific": True, "latent_size": 3}, (1, 28, 28)
+        {"type": "vae_gan", "class_specific": True, "latent_size": 3, "channels": [4, 8, 8]},
+        (1, 28, 28),
     ),
     "glow": Case({"type": "glow", "levels": 2, "steps": 2, "width": 8}, (3, 8, 8)),
     "glow_padded": Case({"type": "glow", "levels": 3, "steps": 1, "width": 4}, (1, 28, 28)),
-    "sngan": Case({"type": "sngan", "width": 8}, (3, 32, 32), searches=True),
-    "sngan_grey": Case({"type": "sngan", "width": 8}, (1, 28, 28), searches=True),
+    "sngan": Case({"type": "sngan", "width": 8, "latent_size": 6}, (3, 32, 32), searches=True),
+    "sngan_grey": Case({"type": "sngan", "width": 8, "latent_size": 6}, (1, 28, 28), searches=True),
     "stylegan": Case(
-        {"type": "stylegan", "channel_base": 128, "channel_max": 8, "w_dim": 8},
+        {"type": "stylegan", "channel_base": 128, "channel_max": 8, "w_size": 8, "z_size": 8},
         (3, 32, 32),
         searches=True,
     ),
@@ -268,6 +276,7 @@ def test_moves_of_dtype(manifold):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_moves_of_device(manifold):
     there = copy.deepcopy(manifold).cuda()

@@ -4,6 +4,7 @@ from onmanifold.data import corruption_files as corruption_files  # registers it
 from onmanifold.data.augment import Augmentation
 from onmanifold.data.corruptions import CORRUPTIONS, corrupt, corrupted
 from onmanifold.data.dataset import Batch, Dataset
+from onmanifold.data.on_manifold import beside
 from onmanifold.data.sources import load_dataset
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Dataset",
+    "beside",
     "corrupt",
     "corrupted",
     "load_dataset",

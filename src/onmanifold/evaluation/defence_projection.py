@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from onmanifold.foundation.errors import InputError
 from onmanifold.manifolds.base import Manifold
-from onmanifold.manifolds.project import Projection, project
+from onmanifold.manifolds.project import Projection, ProjectionConfig, project
 
 
 class ManifoldProjection(nn.Module):
@@ -75,13 +75,13 @@ class ManifoldProjection(nn.Module):
             self.manifold,
             images.repeat_interleave(count, dim=0),
             starts.flatten(0, 1),
-            steps=self.steps,
-            restarts=self.restarts,
+            config=ProjectionConfig(steps=self.steps, restarts=self.restarts),
             indices=same,
         )
         best = found.distance.view(-1, count).argmin(1)
         rows = best + count * torch.arange(len(images), device=images.device)
-        return Projection(found.codes[rows], found.images[rows], found.distance[rows])
+        distance = found.distance[rows]
+        return Projection(found.codes[rows], found.images[rows], distance, distance, found.measure)
 
     def smooth(self, images: Tensor) -> Tensor:
         """A differentiable stand-in: the mean of all codes' images, weighted by exp(−distance² / 2).

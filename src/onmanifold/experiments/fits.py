@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from onmanifold.classifiers import load_classifier
+from onmanifold.data.dataset import Dataset
 from onmanifold.experiments.setup import load_split
 from onmanifold.experiments.spec import (
     DatasetSpec,
@@ -23,6 +25,9 @@ from onmanifold.manifolds.base import Manifold
 from onmanifold.training.run import one_process
 from onmanifold.training.run_fit import FitResult, fit
 
+# As `write_manifold_report` names them.
+_PAGE, _QUALITY = "manifold.html", "quality.json"
+
 
 @dataclass(frozen=True)
 class QualitySpec:
@@ -30,12 +35,14 @@ class QualitySpec:
 
     Attributes:
         count: Number of test images and of samples; 0: nothing is measured.
+        encoded: Number of test images that are reconstructed; None: all of them. For encoders that search.
         classifier: File of a classifier, whose features the Fréchet distance is measured on; None: none is.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     count: int = 1000
+    encoded: int | None = None
     classifier: str | None = None
 
     def __post_init__(self) -> None:
@@ -154,7 +161,38 @@ def run_fit(
         fabric=fabric,
     )
     say(f"Manifold: {found.best}")
+    if spec.quality.count:
+        say(f"Quality: {_measure(spec, found, train, out, bars)}")
     return found
+
+
+def _measure(spec: FitSpec, found: FitResult, train: Dataset, out: Path, bars: bool) -> Path:
+    """Measure the manifold and write its page, unless that is done."""
+    from onmanifold.analysis.quality import Quality, measure_quality
+    from onmanifold.reports.manifold import write_manifold_report
+    from onmanifold.reports.manifold_pictures import picture_manifold
+
+    manifold, asked = found.manifold, spec.quality
+    if (out / _PAGE).is_file() and (out / _QUALITY).is_file():
+        before = Quality.from_json(out / _QUALITY).facts
+        if before.get("fingerprint") == manifold.fingerprint:
+            return out / _PAGE
+    test = load_split(spec.dataset, "test")
+    classifier = None
+    if asked.classifier is not None:
+        classifier = load_classifier(asked.classifier).to(next(manifold.parameters()).device)
+    quality = measure_quality(
+        manifold,
+        train,
+        test,
+        classifier=classifier,
+        count=asked.count,
+        encoded=asked.encoded,
+        seed=spec.seed,
+        progress=bars,
+    )
+    pictures = picture_manifold(manifold, train, test, seed=spec.seed)
+    return write_manifold_report(out, manifold, quality, pictures, found.history)
 
 
 @MANIFOLDS.register("fitted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from onmanifold.attacks import Attack
@@ -11,6 +12,7 @@ from onmanifold.classifiers import build_classifier
 from onmanifold.classifiers.layers import Classifier
 from onmanifold.data import Dataset, load_dataset
 from onmanifold.data.fonts import embedded_folder
+from onmanifold.data.on_manifold import MANIFOLD_FILE
 from onmanifold.experiments.spec import DatasetSpec, Experiment
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import (
@@ -25,6 +27,7 @@ from onmanifold.foundation.registry import (
     describe,
 )
 from onmanifold.manifolds.base import Manifold
+from onmanifold.manifolds.factory import load_manifold
 from onmanifold.training import Method, TrainingConfig
 
 
@@ -132,6 +135,9 @@ def _manifold(experiment: Experiment) -> Manifold | None:
         if not isinstance(manifold, Manifold):
             raise ConfigError(f"manifold: expected a manifold, found {experiment.manifold!r}.")
         return manifold
+    if experiment.dataset.type == "on_manifold":
+        folder = Path(str(experiment.dataset.options.get("folder")))
+        return load_manifold(folder / MANIFOLD_FILE)
     if experiment.dataset.type != "fonts":
         return None
     from onmanifold.manifolds.fonts import fonts_manifold

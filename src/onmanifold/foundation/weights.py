@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from onmanifold.foundation.errors import CheckpointError, InputError
 from onmanifold.foundation.files import write_atomically
 
+_HEADER = "onmanifold"
+
 
 class Saved(NamedTuple):
     """What a file holds.
@@ -56,12 +58,9 @@ def write_module(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in module.state_dict().items()
     }
-    header = {
-        "kind": f"onmanifold {kind}",
-        "spec": json.dumps(spec or None),
-        "metadata": _as_json(metadata or {}),
-    }
-    return write_atomically(path, safetensors.torch.save(weights, header))
+    header = {"kind": kind, "spec": spec or None, "metadata": dict(metadata or {})}
+    # Under one key: the format keeps several in no order, and the same module would make different files.
+    return write_atomically(path, safetensors.torch.save(weights, {_HEADER: _as_json(header)}))
 
 
 def read_module(kind: str, path: str | Path, weights: bool = True) -> Saved:
@@ -85,9 +84,10 @@ def read_module(kind: str, path: str | Path, weights: bool = True) -> Saved:
         raise CheckpointError(
             f"{path} is not a safetensors file, or is truncated ({error})."
         ) from None
-    if header.get("kind") != f"onmanifold {kind}":
+    found = json.loads(header.get(_HEADER, "{}"))
+    if found.get("kind") != kind:
         raise CheckpointError(f"{path} is a safetensors file, but not one of an onmanifold {kind}.")
-    return Saved(json.loads(header["spec"]), json.loads(header["metadata"]), tensors)
+    return Saved(found["spec"], found["metadata"], tensors)
 
 
 def fill_module(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
@@ -128,8 +128,8 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _as_json(metadata: Mapping[str, Any]) -> str:
+def _as_json(header: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(dict(metadata))
+        return json.dumps(header)
     except TypeError as error:
         raise InputError(f"metadata: expected what JSON can hold ({error}).") from None

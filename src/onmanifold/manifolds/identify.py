@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import InputError
-from onmanifold.manifolds.project import Projection, project
+from onmanifold.manifolds.project import Projection, ProjectionConfig, project
 
 if TYPE_CHECKING:
     from onmanifold.manifolds.fonts import FontsManifold
@@ -49,20 +49,15 @@ def _identify(manifold: FontsManifold, images: Tensor, labels: Tensor) -> Tensor
     codes[:, -1] = labels.to(images).repeat_interleave(len(fonts))
     # The same draws for all, so that a code does not depend on what else is in the batch.
     same = torch.zeros(len(repeated), dtype=torch.int64, device=images.device)
-    rough = project(
-        *(manifold, repeated, codes),
-        steps=40,
-        restarts=1,
-        candidates=128,
-        tolerance=0.0,
-        indices=same,
-    )
+    search = ProjectionConfig(steps=40, restarts=1, tolerance=0.0)
+    rough = project(manifold, repeated, codes, config=search, indices=same)
     codes = _nearest(rough, count, min(2, len(fonts)))
     for steps in (40, 100):
         per_image = len(codes) // count
         codes = _near_fonts(manifold, images.repeat_interleave(per_image, dim=0), codes)
         repeated = images.repeat_interleave(len(codes) // count, dim=0)
-        refined = project(manifold, repeated, codes, steps=steps, restarts=0)
+        search = ProjectionConfig(steps=steps, restarts=0)
+        refined = project(manifold, repeated, codes, config=search)
         codes = _nearest(refined, count, 1)
     return codes
 

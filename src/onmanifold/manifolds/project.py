@@ -1,18 +1,24 @@
-"""Projection onto a manifold: the code whose image is nearest (Disentangling eq. 10)."""
+"""Projection onto a manifold: the code whose image is nearest (Disentangling eq. 10, DMAT eq. 7, IJSAT eq. 12)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from onmanifold.foundation.checks import check_images
+from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import InputError
-from onmanifold.foundation.randomness import normal, uniform
-from onmanifold.manifolds.base import Chart, Manifold
+from onmanifold.manifolds.base import Manifold
+from onmanifold.manifolds.descent import Goal, ProjectionConfig, frozen, into_box, lengths, search
+from onmanifold.manifolds.learned import LearnedManifold
+from onmanifold.manifolds.perceptual import PerceptualDistance
 
-_BETAS = (0.9, 0.999)
+__all__ = ["PROJECTIONS", "Encoder", "Projection", "ProjectionConfig", "project"]
+
+Encoder = Callable[[Tensor, Tensor], Tensor]
+"""Codes (B, code_size) of images (B, C, H, W) and labels (B,)."""
 
 
 class Projection(NamedTuple):
@@ -22,141 +28,147 @@ class Projection(NamedTuple):
         codes: (B, code_size).
         images: (B, C, H, W), ``decode(codes)``.
         distance: (B,) L2 distance between these images and the given ones.
+        loss: (B,) what was minimised: the same without a measure, else the measure plus weighted L1.
+        measure: Fingerprint of the measure, such as "features-…"; "l2" without one.
     """
 
     codes: Tensor
     images: Tensor
     distance: Tensor
+    loss: Tensor
+    measure: str
+
+
+PROJECTIONS: dict[str, ProjectionConfig] = {
+    "fonts": ProjectionConfig(),
+    "w_plus": ProjectionConfig(
+        steps=1000,
+        learning_rate=0.1,
+        schedule="cosine",
+        l1_weight=100.0,
+        noise=0.05,
+        restarts=0,
+        tolerance=0.0,
+    ),
+    "quick": ProjectionConfig(
+        steps=200, learning_rate=0.2, schedule="cosine", l1_weight=10.0, restarts=0, tolerance=0.0
+    ),
+}
+"""Searches by name: "fonts" (Disentangling, appendix C), "w_plus" (DMAT's, into StyleGAN's W+) and "quick", for
+learned manifolds of 28 to 32 pixels on a CPU."""
 
 
 def project(
     manifold: Manifold,
     images: Tensor,
-    codes: Tensor,
+    codes: Tensor | None = None,
     *,
-    steps: int = 100,
-    learning_rate: float = 0.09,
-    decay: float = 0.95,
-    decay_every: int = 10,
-    restarts: int = 4,
-    candidates: int = 128,
-    tolerance: float = 0.1,
+    labels: Tensor | None = None,
+    config: ProjectionConfig = PROJECTIONS["fonts"],
+    measure: PerceptualDistance | None = None,
+    encoder: Encoder | None = None,
     seed: int = 0,
     indices: Tensor | None = None,
 ) -> Projection:
-    """Project images onto a manifold: ``argmin_z ||decode(z) - image||_2`` over the latents.
+    """Project images onto a manifold: the latents whose image is nearest.
 
-    The fixed part of the codes (the font and class of FONTS) stays as given, the latents stay in the
-    manifold's box. The first descent starts at the given latents, as in the paper; each restart at the best
-    of some random ones, for those images that are still further away than ``tolerance``. The best point met
-    is kept for every image, so that more steps or restarts never give a larger distance.
+    Without a measure the L2 distance is minimised, along the gradient of half its square (Disentangling eq. 10);
+    with one ``measure + l1_weight · mean |decode(z) − image|`` (DMAT eq. 7). The fixed part of the codes (the font
+    and class of FONTS) stays as it starts, the latents stay in the manifold's box. The first descent starts at
+    the best of the starts there are: the given codes, or else the manifold's mean code, and what the encoder
+    gives. Each restart starts at the best of some random latents, for those images that are still further away
+    than the tolerance. The best point met is kept for every image, so that more restarts never give a larger loss.
 
     Args:
-        manifold: The generator.
+        manifold: The generator; it is run in eval mode, and left as it is.
         images: (B, C, H, W) in [0, 1].
         codes: (B, code_size) where to start, and the part that is fixed.
-        steps: Of Adam.
-        learning_rate: Of Adam, in latent units.
-        decay: Factor on the learning rate every ``decay_every`` steps.
-        decay_every: See ``decay``.
-        restarts: Additional descents.
-        candidates: Random latents among which a restart chooses; uniform in the box, or standard normal
-            where there is none.
-        tolerance: L2 distance that is near enough.
-        seed: Of the restarts.
-        indices: (B,) int64 sample indices on which the restarts depend; None: 0 to B - 1.
+        labels: (B,) int64 for the mean code of a conditional manifold, and for the encoder.
+        config: How to search; see `PROJECTIONS`.
+        measure: A perceptual distance; see `perceptual_distance`.
+        encoder: Gives another start, such as ``manifold.encode`` where that is cheap, or `train_encoder`'s.
+        seed: Of restarts and noise.
+        indices: (B,) int64 sample indices on which restarts and noise depend; None: 0 to B - 1.
 
     Raises:
-        InputError: Images or codes of the wrong shape or range, or a negative count.
+        InputError: Images, codes or labels of the wrong shape or range, no start, or an L1 weight without a
+            measure.
     """
     images = check_images(images)
-    codes = manifold.check_codes(codes, len(images)).detach().to(images)
     if tuple(images.shape[1:]) != tuple(manifold.image_shape):
         raise InputError(
             f"images: expected (B, {manifold.image_shape}), found {tuple(images.shape)}."
         )
-    if steps < 0 or restarts < 0 or candidates < 1 or decay_every < 1:
-        raise InputError("project: expected steps, restarts >= 0 and candidates, decay_every >= 1.")
+    if config.l1_weight and measure is None:
+        raise InputError(
+            f"l1_weight: found {config.l1_weight}, which needs a measure such as perceptual_distance()."
+        )
     indices = torch.arange(len(images), device=images.device) if indices is None else indices
-    chart = manifold.chart(codes)
-    latents = _into_box(chart.latents, manifold.box).clone()
-    with torch.no_grad():
-        distance = _distances(chart.decode(latents), images)
-    for attempt in range(restarts + 1):
-        far = (distance > tolerance).nonzero().squeeze(1)
-        if not len(far):
-            break
-        around, target, start = chart.keep(far), images[far], latents[far]
-        if attempt:
-            stream = f"project/{attempt}"
-            start = _best_candidate(around, target, candidates, seed, indices[far], stream)
-        found, reached = _descend(around, target, start, steps, learning_rate, decay, decay_every)
-        better = reached < distance[far]
-        latents[far[better]], distance[far[better]] = found[better], reached[better]
-    codes = torch.cat([latents, codes[:, manifold.latent_size :]], dim=1)
-    with torch.no_grad():
+    with torch.no_grad(), frozen(manifold.to(images.device)):
+        starts = _starts(manifold, images, codes, labels, encoder)
+        goal = Goal(images, measure, config.l1_weight)
+        codes = _best_start(manifold, goal, starts)
+        latents = search(manifold, goal, codes, config, seed, indices)
+        codes = torch.cat([latents, codes[:, manifold.latent_size :]], dim=1)
         nearest = manifold.decode(codes)
-    return Projection(codes, nearest, _distances(nearest, images))
+        distance = lengths(nearest - images)
+        loss = distance if measure is None else goal.loss(nearest)
+    return Projection(codes, nearest, distance, loss, getattr(measure, "fingerprint", "l2"))
 
 
-def _descend(
-    chart: Chart,
+def _starts(
+    manifold: Manifold,
     images: Tensor,
-    latents: Tensor,
-    steps: int,
-    learning_rate: float,
-    decay: float,
-    decay_every: int,
-) -> tuple[Tensor, Tensor]:
-    """Adam on the squared distance: the best latents met, and their distances."""
-    first, second = torch.zeros_like(latents), torch.zeros_like(latents)
-    best = latents
-    shortest = torch.full_like(latents[:, 0], torch.inf)
-    for step in range(steps + 1):
-        latents = latents.detach().requires_grad_()
-        with torch.enable_grad():
-            residual = chart.decode(latents) - images
-        # Half the squared distance has the residual as its gradient, which saves forming the loss.
-        (gradient,) = torch.autograd.grad(residual, latents, residual.detach())
-        distance = torch.linalg.vector_norm(residual.detach().flatten(1), dim=1)
-        latents = latents.detach()
-        closer = distance < shortest
-        shortest = torch.where(closer, distance, shortest)
-        best = torch.where(closer.unsqueeze(1), latents, best)
-        first = torch.lerp(gradient, first, _BETAS[0])
-        second = torch.lerp(gradient * gradient, second, _BETAS[1])
-        mean = first / (1 - _BETAS[0] ** (step + 1))
-        spread = (second / (1 - _BETAS[1] ** (step + 1))).sqrt() + 1e-8
-        rate = learning_rate * decay ** (step // decay_every)
-        latents = _into_box(latents - rate * mean / spread, chart.manifold.box)
-    return best, shortest
+    codes: Tensor | None,
+    labels: Tensor | None,
+    encoder: Encoder | None,
+) -> list[Tensor]:
+    """Codes (B, code_size) where a descent may start, their latents in the box."""
+    count = len(images)
+    if labels is not None:
+        labels = check_labels(labels, count, getattr(manifold, "num_classes", None))
+    starts = [_mean_codes(manifold, images, labels) if codes is None else codes]
+    if encoder is not None:
+        unknown = torch.zeros(count, dtype=torch.int64, device=images.device)
+        with torch.enable_grad():  # an encoder may be a search
+            starts.append(encoder(images, unknown if labels is None else labels))
+    known = [start.detach() for start in starts if start is not None]
+    if not known:
+        raise InputError(
+            f"codes: {manifold.name} has {manifold.code_size - manifold.latent_size} columns that cannot be "
+            "searched; expected codes, an encoder, or, where the column is the class, labels."
+        )
+    return [
+        _codes_in_box(manifold, manifold.check_codes(start, count).to(images)) for start in known
+    ]
 
 
-@torch.no_grad()
-def _best_candidate(
-    chart: Chart, images: Tensor, candidates: int, seed: int, indices: Tensor, stream: str
-) -> Tensor:
-    """The nearest of a number of random latents, for each image."""
-    box = chart.manifold.box
-    shape = (candidates, chart.manifold.latent_size)
-    if box is None:
-        draws = normal(seed, indices, shape, stream=stream, dtype=images.dtype)
-    else:
-        draws = (2 * uniform(seed, indices, shape, stream=stream, dtype=images.dtype) - 1) * box
-    best = draws[:, 0]
-    shortest = torch.full_like(best[:, 0], torch.inf)
-    for latents in draws.unbind(1):
-        distance = _distances(chart.decode(latents), images)
-        closer = distance < shortest
-        shortest = torch.where(closer, distance, shortest)
-        best = torch.where(closer.unsqueeze(1), latents, best)
-    return best
+def _mean_codes(manifold: Manifold, images: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The manifold's mean codes, or zero latents where it knows none; None: their fixed part is unknown."""
+    has_fixed = manifold.code_size > manifold.latent_size
+    if has_fixed and labels is None:
+        return None
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    mean_code = getattr(manifold, "mean_code", None)
+    if mean_code is not None:
+        mean: Tensor = mean_code(labels)
+        return mean
+    latents = images.new_zeros(len(images), manifold.latent_size)
+    if isinstance(manifold, LearnedManifold):
+        return manifold.codes_of(latents, labels)
+    return None if has_fixed else latents
 
 
-def _distances(first: Tensor, second: Tensor) -> Tensor:
-    distances: Tensor = torch.linalg.vector_norm((first - second).flatten(1), dim=1)
-    return distances
+def _best_start(manifold: Manifold, goal: Goal, starts: list[Tensor]) -> Tensor:
+    """The start (B, code_size) of least loss, for each image."""
+    if len(starts) == 1:
+        return starts[0]
+    losses = torch.stack([goal.loss(manifold.decode(start)) for start in starts])
+    chosen = losses.argmin(0)
+    return torch.stack(starts)[chosen, torch.arange(len(chosen), device=chosen.device)]
 
 
-def _into_box(latents: Tensor, box: float | None) -> Tensor:
-    return latents if box is None else latents.clamp(-box, box)
+def _codes_in_box(manifold: Manifold, codes: Tensor) -> Tensor:
+    size = manifold.latent_size
+    return torch.cat([into_box(codes[:, :size], manifold.box), codes[:, size:]], dim=1)

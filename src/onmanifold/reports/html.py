@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from onmanifold.reports.claims import Judgement
@@ -64,6 +64,11 @@ class Page:
 
 def render_page(page: Page) -> str:
     """The page as HTML text; all values are escaped."""
+    return render("report.html", page, seconds=format_seconds, signed=format_signed)
+
+
+def render(template: str, page: object, **filters: Callable[..., str]) -> str:
+    """A template of this folder, filled; all values are escaped but those that go through the filter ``svg``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -74,10 +79,8 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["seconds"] = format_seconds
-    environment.filters["svg"] = Markup
-    environment.filters["signed"] = format_signed
-    return environment.get_template("report.html").render(page=page, table=page.table)
+    environment.filters.update(filters, svg=Markup)
+    return environment.get_template(template).render(page=page)
 
 
 def format_seconds(seconds: float | None) -> str:

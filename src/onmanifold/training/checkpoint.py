@@ -43,12 +43,9 @@ class Checkpoint:
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in self.tensors.items()
         }
-        header = {
-            "kind": _KIND,
-            "identity": json.dumps(self.identity),
-            "progress": json.dumps(self.progress),
-        }
-        write_atomically(path, safetensors.torch.save(tensors, header))
+        header = {"identity": self.identity, "progress": self.progress}
+        # Under one key: the format keeps several in no order, and the same state would make different files.
+        write_atomically(path, safetensors.torch.save(tensors, {_KIND: json.dumps(header)}))
 
     @classmethod
     def read(cls, path: str | Path) -> Checkpoint:
@@ -65,9 +62,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} is no safetensors file, or is truncated ({error}). Delete it to start the training anew."
             ) from None
-        if header.get("kind") != _KIND:
+        if _KIND not in header:
             raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of a training.")
-        return cls(json.loads(header["identity"]), json.loads(header["progress"]), tensors)
+        found = json.loads(header[_KIND])
+        return cls(found["identity"], found["progress"], tensors)
 
     def check_identity(self, identity: Mapping[str, Any], path: str | Path) -> None:
         """Check that the checkpoint belongs to this run.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from onmanifold.data.dataset import Dataset
 from onmanifold.foundation.registry import FITS, Component
 from onmanifold.manifolds.base import Manifold
-from onmanifold.training.task import Turn
+from onmanifold.training.task import Turn as Turn
 
 
 @dataclass

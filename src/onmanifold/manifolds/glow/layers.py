@@ -1,0 +1,221 @@
+"""The layers of Glow from images to codes, as they are trained (Kingma and Dhariwal 2018; IJSAT A.1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PriorKind = Literal["learned", "channel"]
+
+# Far outside what training reaches; a prior between them keeps every code finite.
+LOWEST, HIGHEST = -8.0, 8.0
+# A channel that does not vary in the first images is not blown up beyond this.
+_LEAST_SPREAD = 1e-3
+
+
+def squeeze(images: Tensor) -> Tensor:
+    """Each 2 × 2 block of (B, C, H, W) as one pixel of (B, 4C, H/2, W/2): place in the block, then channel.
+
+    The order in which channels_last memory holds a block's rows, so that whole rows are copied.
+    """
+    count, channels, height, width = images.shape
+    blocks = images.permute(0, 2, 3, 1).reshape(count, height // 2, 2, width // 2, 2, channels)
+    pixels = blocks.transpose(2, 3).reshape(count, height // 2, width // 2, 4 * channels)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def unsqueeze(images: Tensor) -> Tensor:
+    """The inverse of `squeeze`: (B, 4C, H, W) to (B, C, 2H, 2W)."""
+    count, channels, height, width = images.shape
+    blocks = images.permute(0, 2, 3, 1).reshape(count, height, width, 2, 2, channels // 4)
+    pixels = blocks.transpose(2, 3).reshape(count, 2 * height, 2 * width, channels // 4)
+    return pixels.permute(0, 3, 1, 2)
+
+
+class Mixing(nn.Module):
+    """Actnorm and the invertible 1×1 convolution after it: one affine map of a pixel's channels.
+
+    y = P L U · exp(log_scale) · (x + shift), with a fixed permutation P, L unit lower and U upper triangular; its
+    diagonal has fixed signs and a learned logarithm, so that it is invertible whatever training does.
+
+    Args:
+        channels: C.
+    """
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        rows, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower.tril(-1).float())
+        self.upper = nn.Parameter(upper.triu(1).float())
+        self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
+        self.register_buffer("permutation", rows.argmax(1))
+        self.register_buffer("sign", diagonal.sign().float())
+
+    def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The map as matrix (C, C) and offset (C,), computed in the given precision."""
+        lower, upper, sign = self.lower.to(dtype), self.upper.to(dtype), self.sign.to(dtype)
+        diagonal, scale = self.log_diagonal.to(dtype).exp() * sign, self.log_scale.to(dtype).exp()
+        product = lower.tril(-1) @ (above := upper.triu(1) + diagonal.diag()) + above
+        matrix = product[self.permutation] * scale
+        return matrix, matrix @ self.shift.to(dtype)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mapped (B, C, H, W), and the logarithm of the determinant () for one pixel."""
+        matrix, offset = self.affine(pixels.dtype)
+        mixed = functional.conv2d(pixels, matrix[:, :, None, None], offset)
+        return mixed, self.log_scale.sum() + self.log_diagonal.sum()
+
+    @torch.no_grad()
+    def start(self, pixels: Tensor) -> None:
+        """Actnorm's start: each channel of (B, C, H, W) leaves it with mean 0 and standard deviation 1."""
+        values = pixels.double().transpose(0, 1).flatten(1)
+        self.shift.copy_(-values.mean(1))
+        self.log_scale.copy_(-values.std(1, correction=0).clamp(min=_LEAST_SPREAD).log())
+
+
+class Coupling(nn.Module):
+    """The affine coupling: the first half of the channels says how the second is shifted and scaled.
+
+    y2 = (x2 + shift) · scale, scale = m + (1 − m) · sigmoid(raw), where three convolutions make of the first half
+    first all shifts, then all raw. (Released code interleaves them, and adds 2 to raw, which here is where its
+    bias starts: the same functions.)
+
+    Args:
+        channels: C, even.
+        width: Channels between the convolutions.
+        min_scale: m, in [0, 1): the scale stays above it, so that the way back is bounded.
+    """
+
+    def __init__(self, channels: int, width: int, min_scale: float) -> None:
+        super().__init__()
+        half = channels // 2
+        self.first = nn.Conv2d(half, width, 3, padding=1)
+        self.middle = nn.Conv2d(width, width, 1)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        with torch.no_grad():
+            assert self.last.bias is not None
+            self.last.bias.copy_(torch.cat([torch.zeros(half), torch.full((half,), 2.0)]))
+        self.min_scale = min_scale
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The coupled (B, C, H, W), and the logarithm of the determinant (B,)."""
+        kept, moved = pixels.chunk(2, dim=1)
+        hidden = self.middle(self.first(kept).relu_()).relu_()
+        shift, raw = self.last(hidden).chunk(2, dim=1)
+        scale = bounded_scale(raw, self.min_scale)
+        coupled = torch.cat([kept, (moved + shift) * scale], dim=1)
+        return coupled, scale.log().sum((1, 2, 3))
+
+
+def bounded_scale(raw: Tensor, least: float) -> Tensor:
+    """A coupling's scale, in (least, 1)."""
+    scale = raw.sigmoid()
+    return scale if least == 0 else least + (1 - least) * scale
+
+
+class Step(nn.Module):
+    """One step of flow: actnorm, invertible 1×1 convolution, affine coupling."""
+
+    def __init__(self, channels: int, width: int, min_scale: float) -> None:
+        super().__init__()
+        self.mixing = Mixing(channels)
+        self.coupling = Coupling(channels, width, min_scale)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) to the same shape, and the logarithm of the determinant (B,)."""
+        mixed, per_pixel = self.mixing(pixels)
+        coupled, determinant = self.coupling(mixed)
+        return coupled, determinant + per_pixel * pixels[0, 0].numel()
+
+
+class Prior(nn.Module):
+    """The normal distribution of a level's latents, with mean and log scale per pixel or per channel.
+
+    Args:
+        channels: C of the latents.
+        given: Channels of what is known when they are drawn, which a convolution, zero at first, reads; None:
+            nothing is, and each channel has its mean and log scale.
+    """
+
+    def __init__(self, channels: int, given: int | None) -> None:
+        super().__init__()
+        self.convolution: nn.Conv2d | None = None
+        if given is None:
+            self.mean = nn.Parameter(torch.zeros(channels))
+            self.log_scale = nn.Parameter(torch.zeros(channels))
+        else:
+            self.convolution = nn.Conv2d(given, 2 * channels, 3, padding=1)
+            nn.init.zeros_(self.convolution.weight)
+            if self.convolution.bias is not None:
+                nn.init.zeros_(self.convolution.bias)
+
+    def forward(self, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log scale, to be broadcast to (B, C, H, W)."""
+        if self.convolution is None or given is None:
+            mean, log_scale = self.mean.view(1, -1, 1, 1), self.log_scale.view(1, -1, 1, 1)
+        else:
+            mean, log_scale = self.convolution(given).chunk(2, dim=1)
+        return mean, log_scale.clamp(LOWEST, HIGHEST)
+
+
+class Level(nn.Module):
+    """Squeeze, the steps of flow, and the split: half of the channels leave as this level's latents.
+
+    Args:
+        channels: C of its input.
+        steps: Steps of flow.
+        width: Of the couplings.
+        min_scale: Of the couplings.
+        prior: "learned", from the half that stays, or "channel".
+        last: Whether it is the coarsest, all of whose channels are latents.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        steps: int,
+        width: int,
+        min_scale: float,
+        prior: PriorKind,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        inside = 4 * channels
+        self.steps = nn.ModuleList(Step(inside, width, min_scale) for _ in range(steps))
+        self.kept = 0 if last else inside // 2
+        self.prior = Prior(
+            inside - self.kept, self.kept if prior == "learned" and not last else None
+        )
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What stays, the whitened latents of this level, and the logarithm of the determinant (B,)."""
+        pixels = squeeze(pixels)
+        determinant = pixels.new_zeros(len(pixels))
+        for step in self.steps:
+            pixels, more = step(pixels)
+            determinant = determinant + more
+        kept, latents = pixels[:, : self.kept], pixels[:, self.kept :]
+        mean, log_scale = self.prior(kept if self.kept else None)
+        spread = log_scale.expand_as(latents).sum((1, 2, 3))
+        return kept, (latents - mean) * (-log_scale).exp(), determinant - spread
+
+    @torch.no_grad()
+    def start(self, pixels: Tensor) -> Tensor:
+        """Start the actnorms, one after the other; returns what stays."""
+        pixels = squeeze(pixels)
+        for step in self.steps:
+            assert isinstance(step, Step)
+            step.mixing.start(pixels)
+            pixels = step(pixels)[0]
+        return pixels[:, : self.kept]

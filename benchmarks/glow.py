@@ -40,7 +40,7 @@ from onmanifold.manifolds.glow.layers import Coupling, Step
 from onmanifold.training.fits.glow import GlowFit
 
 SHAPE = (3, 32, 32)
-SETTINGS = {"3 levels, width 128": (3, 128, 64), "4 levels, width 256": (4, 256, 32)}
+SETTINGS = {"3 levels, width 128": (3, 128, 64), "4 levels, width 256": (4, 256, 64)}
 KINDS = ("decode", "log-likelihood", "training step", "JSA step")
 AIMS = {"decode": 1.9, "log-likelihood": 1.6, "training step": 1.4, "JSA step": 2.4}
 CLIP = GlowFit.defaults["gradient_clip"]

@@ -369,9 +369,9 @@ def test_the_fit_learns_and_is_judged_by_bits():
 def test_round_trips_after_training_on_real_images(real_data):
     real_data("cifar10")
     images = load_dataset("cifar10", "train").take(600).batch(torch.arange(600)).images
-    glow = build_manifold("glow", 10, (3, 32, 32), seed=0, levels=3, steps=4, width=16)
+    glow = build_manifold("glow", 10, (3, 32, 32), seed=0, levels=3, steps=3, width=16)
     assert isinstance(glow, Glow)
-    bits = learn(glow, images, 50)
+    bits = learn(glow, images, 40)
     assert bits[-1] < bits[0] - 0.5
     tests = load_dataset("cifar10", "test").batch(torch.arange(1000)).images
     worst = {torch.float32: 0.0, torch.float64: 0.0}

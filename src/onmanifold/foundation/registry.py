@@ -169,7 +169,8 @@ def inspect_arguments(function: Callable[..., Any]) -> Any:
 
     from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
-    hints = get_type_hints(function)
+    # A class's own hints are those of its attributes.
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     return TypedDict(  # type: ignore[operator]
         function.__name__,
         {

@@ -214,7 +214,8 @@ class ReadyOutput:
         weights = self.weight * style.unsqueeze(1)
         pixels = features.permute(0, 2, 3, 1).flatten(1, 2)
         images = torch.baddbmm(self.bias, pixels, weights.transpose(1, 2))
-        return images.transpose(1, 2).unflatten(2, features.shape[2:])  # type: ignore[no-untyped-call]
+        pictures: Tensor = images.transpose(1, 2).unflatten(2, features.shape[2:])  # type: ignore[no-untyped-call]
+        return pictures
 
 
 class ModulatedOutput(nn.Module):

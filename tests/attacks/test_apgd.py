@@ -32,26 +32,6 @@ def test_checkpoints_follow_the_windows(steps):
     assert checkpoints(steps) == expected
 
 
-class Recorder(nn.Module):
-    """A net that keeps what it is asked about."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(images.detach().clone())
-        return self.net(images)
-
-
-def recorded(attack, net, batch, seed=0):
-    """The result and all batches that the net saw."""
-    recorder = Recorder(net)
-    result = attack(recorder, batch.images, batch.labels, seed=seed, indices=batch.indices)
-    return result, recorder.seen
-
-
 def from_start(seen, start, count):
     """The points of the search among all that the net saw: ``count`` of them, the start being the first."""
     for place, images in enumerate(seen):
@@ -200,7 +180,7 @@ PLAIN = Engine(fold=False, threads=1)
 @pytest.mark.parametrize("steps", [30, 100])
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_steps_are_those_of_the_reference(small_net, images, norm, loss, steps):
+def test_the_steps_are_those_of_the_reference(small_net, images, norm, loss, steps, recorded):
     batch = images(8)
     threat = ImageBall(norm, RADII[norm])
     region = threat.around(batch.images, batch.labels)
@@ -227,11 +207,11 @@ def loss_object(name):
 
 # Of at most 83 steps, so that 4 % of a phase and of the whole are counted alike.
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
-def test_the_steps_in_l1_are_those_of_the_reference(small_net, images, loss):
+def test_the_steps_in_l1_are_those_of_the_reference(small_net, images, loss, recorded):
     batch, steps = images(8), 40
     threat = ImageBall("l1", RADII["l1"])
     region = threat.around(batch.images, batch.labels)
-    start = region.scaled(3).random("surface", 5, batch.indices, 0)
+    start = region.scaled_in_l1(3).random("surface", 5, batch.indices, 0)
     attack = APGD(threat, steps, objective=loss_object(loss), early_stop=False, engine=PLAIN)
     result, seen = recorded(attack, small_net, batch, seed=5)
     points = from_start(seen, region.render(start), steps + 3)
@@ -250,7 +230,7 @@ def test_the_steps_in_l1_are_those_of_the_reference(small_net, images, loss):
 
 
 @pytest.mark.parametrize("norm", list(RADII))
-def test_starts_are_at_the_radius(small_net, images, norm):
+def test_starts_are_at_the_radius(small_net, images, norm, recorded):
     batch = images(20)
     # Far from the box.
     batch = batch._replace(images=0.4 + 0.2 * batch.images)
@@ -270,7 +250,7 @@ def test_starts_are_at_the_radius(small_net, images, norm):
 
 @pytest.mark.parametrize("norm", list(RADII))
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
-def test_few_steps_stay_inside_and_never_lose_the_start(small_net, images, norm, steps):
+def test_few_steps_stay_inside_and_never_lose_the_start(small_net, images, norm, steps, recorded):
     batch = images(30)
     threat = ImageBall(norm, RADII[norm] / 4)
     attack = APGD(threat, steps, early_stop=False, engine=PLAIN)
@@ -321,60 +301,24 @@ def test_a_fooled_sample_leaves(small_net, images):
     assert (late.forwards == 42).all()
 
 
-def exact(slope, norm, radius, image):
-    """The largest <slope, move> in ball ∩ [0, 1]."""
-    room = np.where(slope > 0, 1 - image, image)
-    slope = np.abs(slope)
-    if norm == "linf":
-        return slope @ np.minimum(room, radius)
-    if norm == "l1":
-        gain = 0.0
-        for place in np.argsort(-slope):
-            share = min(room[place], radius)
-            gain, radius = gain + slope[place] * share, radius - share
-        return gain
-    few, many = 0.0, 1e6
-    for _ in range(200):
-        middle = (few + many) / 2
-        inside = np.linalg.norm(np.minimum(middle * slope, room)) <= radius
-        few, many = (middle, many) if inside else (few, middle)
-    return slope @ np.minimum(few * slope, room)
-
-
-def linear_model(classes=2, size=36, seed=0):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(size, classes)).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(classes, size, generator=generator))
-        model[1].bias.copy_(torch.randn(classes, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("objective", ["ce", "margin", "dlr", "targeted_dlr"])
 @pytest.mark.parametrize(
     ("norm", "radius", "share"), [("linf", 0.15, 1e-9), ("l2", 0.6, 1e-4), ("l1", 2.0, 0.5)]
 )
-def test_the_optimum_of_a_linear_model(norm, radius, share, objective):
+def test_the_optimum_of_a_linear_model(linear_model, largest_gains, norm, radius, share, objective):
     # With two classes DLR and its targeted form are the margin.
     model = linear_model()
     generator = torch.Generator().manual_seed(1)
     images = (2 * torch.rand(8, 1, 6, 6, generator=generator).double() - 0.5).clamp(0, 1)
     labels = torch.arange(8) % 2
-    weight = (model[1].weight[1] - model[1].weight[0]).detach().numpy()
-    signs = np.where(labels == 0, 1, -1)
-    gains = torch.tensor(
-        np.array(
-            [
-                exact(sign * weight, norm, radius, image)
-                for sign, image in zip(signs, images.flatten(1).numpy(), strict=True)
-            ]
-        )
-    )
+    weight = (model[1].weight[1] - model[1].weight[0]).detach()
+    signs, flat = 1 - 2 * labels, images.flatten(1)
+    gains = largest_gains(signs.unsqueeze(1) * weight, norm, [radius] * 8, -flat, 1 - flat)
     attack = APGD(ImageBall(norm, radius), 100, objective=objective, early_stop=False)
     result = attack(model, images, labels)
     with torch.no_grad():
         clean, found = (
-            torch.tensor(signs) * (logits[:, 1] - logits[:, 0])
+            signs * (logits[:, 1] - logits[:, 0])
             for logits in (model(images), model(result.images))
         )
     assert (found - clean <= gains + 1e-9).all()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from torch import nn
 
 from onmanifold.attacks import APGD, Engine
 from onmanifold.attacks.fab import FAB, reach
@@ -25,17 +24,22 @@ def farthest(point, slope, rise):
     return np.sign(rise) * (np.maximum(toward, 0) @ (1 - point) + np.maximum(-toward, 0) @ point)
 
 
+def smallest_move(point, slope, rise):
+    """The smallest move within [0, 1] with <slope, move> = rise in l2; one sample, NumPy."""
+    # It is clip(t · slope) for the t at which the rise is reached.
+    low, high = -1e9, 1e9
+    for _ in range(200):
+        middle = (low + high) / 2
+        enough = slope @ np.clip(middle * slope, -point, 1 - point) >= rise
+        low, high = (low, middle) if enough else (middle, high)
+    return np.clip(high * slope, -point, 1 - point)
+
+
 def smallest(point, slope, rise, norm):
     """The norm of the smallest move within [0, 1] with <slope, move> = rise; one sample, NumPy."""
     size = len(point)
     if norm == "l2":
-        # The move is clip(t · slope) for the t at which the rise is reached.
-        low, high = -1e9, 1e9
-        for _ in range(200):
-            middle = (low + high) / 2
-            enough = slope @ np.clip(middle * slope, -point, 1 - point) >= rise
-            low, high = (low, middle) if enough else (middle, high)
-        return np.linalg.norm(np.clip(high * slope, -point, 1 - point))
+        return np.linalg.norm(smallest_move(point, slope, rise))
     if norm == "linf":
         # Variables: the move, and the bound on it.
         cost = np.append(np.zeros(size), 1)
@@ -129,24 +133,19 @@ def test_float32_moves_stay_in_the_box(norm):
     torch.testing.assert_close((slopes * moves).sum(1), rises, rtol=1e-4, atol=1e-4)
 
 
-def linear_model(classes, size=16, seed=0):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(size, classes)).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(classes, size, generator=generator))
-        # All classes occur among images around grey.
-        model[1].bias.copy_(-0.5 * model[1].weight.sum(1))
-    return model
+@pytest.fixture
+def linear_case(linear_model):
+    """Makes a model, images and labels, of which the model is right."""
 
+    def make(classes, near_the_box):
+        model = linear_model(classes, size=16, balanced=True)
+        draw = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+        images = (1.6 * draw - 0.3).clamp(0, 1) if near_the_box else 0.4 + 0.2 * draw
+        with torch.no_grad():
+            labels = model(images).argmax(1)
+        return model, images, labels
 
-def linear_case(classes, near_the_box, count=20):
-    """A model, images and labels, of which the model is right."""
-    model = linear_model(classes)
-    draw = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
-    images = (1.6 * draw - 0.3).clamp(0, 1) if near_the_box else 0.4 + 0.2 * draw
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    return model, images, labels
+    return make
 
 
 def distances(model, images, labels, norm):
@@ -165,7 +164,7 @@ def distances(model, images, labels, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_far_from_the_box_the_distance_is_the_margin_over_the_dual_norm(norm):
+def test_far_from_the_box_the_distance_is_the_margin_over_the_dual_norm(norm, linear_case):
     model, images, labels = linear_case(2, near_the_box=False)
     with torch.no_grad():
         margin = (model(images) * torch.tensor([1.0, -1.0]).double()).sum(1).abs()
@@ -181,7 +180,7 @@ def test_far_from_the_box_the_distance_is_the_margin_over_the_dual_norm(norm):
 @pytest.mark.parametrize("targets", [9, None])
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_distance_in_the_box(norm, classes, targets):
+def test_the_distance_in_the_box(norm, classes, targets, linear_case):
     model, images, labels = linear_case(classes, near_the_box=True)
     expected = distances(model, images, labels, norm)
     assert (expected.isfinite()).sum() >= 15
@@ -199,7 +198,7 @@ def test_the_distance_in_the_box(norm, classes, targets):
     torch.testing.assert_close(result.size["image"], size, rtol=0, atol=1e-9)
 
 
-def test_with_and_without_targets_agree_on_three_classes():
+def test_with_and_without_targets_agree_on_three_classes(linear_case):
     model, images, labels = linear_case(3, near_the_box=False)
     for norm in NORMS:
         one, other = (
@@ -216,7 +215,7 @@ def test_with_and_without_targets_agree_on_three_classes():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_one_target_is_the_most_likely_other_class(norm):
+def test_one_target_is_the_most_likely_other_class(norm, linear_case):
     # The nearest boundary need not be that of the most likely class.
     model, images, labels = linear_case(5, near_the_box=False)
     one, all_ = (
@@ -296,43 +295,18 @@ def test_more_steps_and_restarts_never_find_less(small_net, images, norm):
     assert (before.objective > first.objective).any()
 
 
-class Recorder(nn.Module):
-    """A net that keeps what it is asked about."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(images.detach().clone())
-        return self.net(images)
+def of_the_search(result, seen):
+    """All that was seen but what came before the search, and what verifies its result."""
+    return seen[-1 - int(result.forwards.max()) : -1]
 
 
-def recorded(attack, net, batch, rows):
-    """The result, and the batches of the search: all but those before it, and the one that verifies it."""
-    recorder = Recorder(net)
-    images, labels = batch.images[rows], batch.labels[rows]
-    result = attack(recorder, images, labels, indices=batch.indices[rows])
-    return result, recorder.seen[-1 - int(result.forwards.max()) : -1]
-
-
-def smallest_move(point, slope, rise):
-    """The smallest move of one sample in l2."""
-    low, high = -1e6, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        enough = slope @ np.clip(middle * slope, -point, 1 - point) >= rise
-        low, high = (low, middle) if enough else (middle, high)
-    return np.clip(high * slope, -point, 1 - point)
-
-
-def test_the_steps_are_those_of_the_paper(small_net, images):
+def test_the_steps_are_those_of_the_paper(small_net, images, recorded):
     # Samples that the net is right about, towards the most likely other class.
     batch, steps = images(4), 8
     attack = FAB(ImageBall("l2", 9.0), steps, targets=1, early_stop=False, engine=PLAIN)
     rows = torch.tensor([1, 2, 3])
-    _, seen = recorded(attack, small_net, batch, rows)
+    result, seen = recorded(attack, small_net, batch, rows=rows)
+    seen = of_the_search(result, seen)
     crossings = 0
     for place, row in enumerate(rows.tolist()):
         label, start = int(batch.labels[row]), batch.images[row].flatten().numpy()
@@ -363,16 +337,16 @@ def test_the_steps_are_those_of_the_paper(small_net, images):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_restarts_begin_half_as_far_as_what_counts(small_net, images, norm):
+def test_restarts_begin_half_as_far_as_what_counts(small_net, images, norm, recorded):
     batch = images(4)
     batch = batch._replace(images=0.3 + 0.4 * batch.images)
     with torch.no_grad():
         batch = batch._replace(labels=small_net(batch.images).argmax(1))
-    rows = torch.arange(4)
     for radius in (RADII[norm] / 50, 100.0):
         one = FAB(ImageBall(norm, radius), 5, targets=1, early_stop=False, engine=PLAIN)
-        first, before = recorded(one, small_net, batch, rows)
-        second, seen = recorded(replace(one, restarts=2), small_net, batch, rows)
+        first, before = recorded(one, small_net, batch)
+        second, seen = recorded(replace(one, restarts=2), small_net, batch)
+        before, seen = of_the_search(first, before), of_the_search(second, seen)
         assert torch.equal(before[0], batch.images)
         assert torch.equal(seen[0], batch.images)
         start = (seen[len(before)] - batch.images).flatten(1)

@@ -1,6 +1,5 @@
 """On a linear model the worst case is known: attacks must reach it."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,8 @@ RADII = {"linf": 0.15, "l2": 0.6, "l1": 2.0}
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2)).double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(2, 36, generator=generator))
-    return model
+def model(linear_model) -> nn.Module:
+    return linear_model()
 
 
 @pytest.fixture(scope="module")
@@ -40,38 +35,23 @@ def slopes(model, labels):
     return torch.where(labels.unsqueeze(1) == 0, gap, -gap)
 
 
-def exact(slope, norm, radius, low, high):
-    """max slope·δ over ‖δ‖ <= radius and low <= δ <= high, for one sample; numpy."""
-    room = np.where(slope > 0, high, -low)
-    slope = np.abs(slope)
-    if norm == "linf":
-        return slope @ np.minimum(room, radius)
-    if norm == "l1":
-        # Fractional filling: the steepest coordinates first, each as far as it may go.
-        gain, left = 0.0, radius
-        for place in np.argsort(-slope):
-            share = min(room[place], left)
-            gain, left = gain + slope[place] * share, left - share
-        return gain
-    # The optimum is min(t·slope, room) for the t at which the norm is the radius.
-    few, many = 0.0, 1e6
-    for _ in range(200):
-        middle = (few + many) / 2
-        inside = np.linalg.norm(np.minimum(middle * slope, room)) <= radius
-        few, many = (middle, many) if inside else (few, middle)
-    return slope @ np.minimum(few * slope, room)
-
-
-def optima(model, images, labels, norm, radii):
-    flat = images.flatten(1).numpy()
-    gains = [
-        exact(slope, norm, radius, -image, 1 - image)
-        for slope, radius, image in zip(slopes(model, labels).numpy(), radii, flat, strict=True)
-    ]
+def margins(model, images, labels):
     with torch.no_grad():
         logits = model(images)
-    clean = logits.gather(1, 1 - labels.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))
-    return clean.squeeze(1) + torch.tensor(gains)
+    others = logits.gather(1, 1 - labels.unsqueeze(1))
+    return (others - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+
+
+@pytest.fixture(scope="module")
+def optima(model, images, largest_gains):
+    """The largest margin of each image in ball and box."""
+
+    def find(labels, norm, radii):
+        flat = images.flatten(1)
+        gains = largest_gains(slopes(model, labels), norm, radii, -flat, 1 - flat)
+        return margins(model, images, labels) + gains
+
+    return find
 
 
 # Long steps, which are fastest on a linear function. In l1 steps of fixed size end near the optimum (see
@@ -85,7 +65,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("norm", list(RADII))
 @pytest.mark.parametrize("attack", [PGD, MIA])
-def test_the_optimum_in_ball_and_box_is_reached(model, images, norm, attack):
+def test_the_optimum_in_ball_and_box_is_reached(model, images, optima, norm, attack):
     made = attack(
         ImageBall(norm, RADII[norm]),
         steps=100,
@@ -94,13 +74,13 @@ def test_the_optimum_in_ball_and_box_is_reached(model, images, norm, attack):
         **SETTINGS[norm](RADII[norm]),
     )
     result = made(model, images, LABELS)
-    best = optima(model, images, LABELS, norm, [RADII[norm]] * COUNT)
+    best = optima(LABELS, norm, [RADII[norm]] * COUNT)
     assert (result.objective <= best + 1e-9).all()
     torch.testing.assert_close(result.objective, best, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", list(RADII))
-def test_one_radius_per_sample(model, images, norm):
+def test_one_radius_per_sample(model, images, optima, norm):
     radii = RADII[norm] * torch.linspace(0, 2, COUNT).double()
     attack = PGD(
         ImageBall(norm, radii),
@@ -110,22 +90,22 @@ def test_one_radius_per_sample(model, images, norm):
         **SETTINGS[norm](RADII[norm]),
     )
     result = attack(model, images, LABELS)
-    best = optima(model, images, LABELS, norm, radii.tolist())
+    best = optima(LABELS, norm, radii.tolist())
     torch.testing.assert_close(result.objective, best, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("steps", "share"), [(20, 0.03), (100, 0.008), (400, 0.002)])
-def test_l1_nears_the_optimum_from_anywhere(model, images, steps, share):
+def test_l1_nears_the_optimum_from_anywhere(model, images, optima, steps, share):
     attack = PGD(ImageBall("l1", 2.0), steps, objective="margin", early_stop=False)
     result = attack(model, images, LABELS)
-    best = optima(model, images, LABELS, "l1", [2.0] * COUNT)
-    clean = optima(model, images, LABELS, "l1", [0.0] * COUNT)
+    best = optima(LABELS, "l1", [2.0] * COUNT)
+    clean = optima(LABELS, "l1", [0.0] * COUNT)
     assert (result.objective <= best + 1e-9).all()
     assert ((best - result.objective) / (best - clean)).max() < share
 
 
-def test_the_default_step_sizes_reach_the_linf_optimum(model, images):
-    best = optima(model, images, LABELS, "linf", [0.15] * COUNT)
+def test_the_default_step_sizes_reach_the_linf_optimum(model, images, optima):
+    best = optima(LABELS, "linf", [0.15] * COUNT)
     for attack in (
         FGSM(ImageBall("linf", 0.15), objective="margin", early_stop=False),
         PGD(ImageBall("linf", 0.15), objective="margin", early_stop=False),
@@ -136,15 +116,15 @@ def test_the_default_step_sizes_reach_the_linf_optimum(model, images):
         torch.testing.assert_close(result.objective, best, rtol=0, atol=1e-9)
 
 
-def test_cross_entropy_leads_to_the_same_optimum(model, images):
+def test_cross_entropy_leads_to_the_same_optimum(model, images, optima):
     result = PGD(ImageBall("l2", 0.6), steps=100, step_size=0.2, early_stop=False)(
         model, images, LABELS
     )
-    best = optima(model, images, LABELS, "l2", [0.6] * COUNT)
+    best = optima(LABELS, "l2", [0.6] * COUNT)
     torch.testing.assert_close(result.objective, nn.functional.softplus(best), rtol=0, atol=1e-5)
 
 
-def test_early_stop_breaks_all_that_can_be_broken(model, images):
+def test_early_stop_breaks_all_that_can_be_broken(model, images, optima):
     # Radii just below and just above each sample's distance to the boundary.
     with torch.no_grad():
         logits = model(images)
@@ -153,7 +133,7 @@ def test_early_stop_breaks_all_that_can_be_broken(model, images):
         low, high = torch.zeros(COUNT).double(), torch.full((COUNT,), 40.0).double()
         for _ in range(60):
             middle = (low + high) / 2
-            broken = optima(model, images, labels, norm, middle.tolist()) > 0
+            broken = optima(labels, norm, middle.tolist()) > 0
             low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
         for factor, succeeds in ((0.99, False), (1.01, True)):
             settings = SETTINGS[norm](high.mean().item())
@@ -163,23 +143,15 @@ def test_early_stop_breaks_all_that_can_be_broken(model, images):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_optimum_on_a_linear_manifold_is_reached(plane, norm):
+def test_the_optimum_on_a_linear_manifold_is_reached(linear_model, largest_gains, plane, norm):
     # The margin of a linear model is linear in the latents too.
-    generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
-    with torch.no_grad():
-        net[1].weight.copy_(torch.randn(2, 64, generator=generator))
+    net = linear_model(size=64)
+    generator = torch.Generator().manual_seed(1)
     codes = 1.9 * torch.rand(COUNT, 6, generator=generator).double() - 0.95
     images = plane.decode(codes)
     slope = slopes(net, LABELS) @ plane.weight.T
-    gains = [
-        exact(row, norm, 0.5, -1 - code, 1 - code)
-        for row, code in zip(slope.numpy(), codes.numpy(), strict=True)
-    ]
-    with torch.no_grad():
-        logits = net(images)
-    clean = logits.gather(1, 1 - LABELS.unsqueeze(1)) - logits.gather(1, LABELS.unsqueeze(1))
-    best = clean.squeeze(1) + torch.tensor(gains)
+    gains = largest_gains(slope, norm, [0.5] * COUNT, -1 - codes, 1 - codes)
+    best = margins(net, images, LABELS) + gains
     threat = LatentBall(plane, norm, 0.5)
     settings = SETTINGS[norm](0.5) | {"objective": "margin", "early_stop": False}
     result = PGD(threat, 100, **settings)(net, images, LABELS, codes)

@@ -153,6 +153,48 @@ def test_images_outside_of_the_ball_are_noticed(net, data):
     assert numbers["largest"] == pytest.approx(0.3, rel=1e-3)
 
 
+class _TurnedWhereBright(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, images: Tensor) -> Tensor:
+        bright = (images.flatten(1).mean(1) > 0.5).float().view(-1, 1, 1, 1)
+        ctx.sign = 1 - 2 * bright
+        return 1 * images
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return ctx.sign * gradient
+
+
+class TurnedWhereBright(nn.Module):
+    """A trace has not the gradient of the function, which is the model's own on bright images only."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(_TurnedWhereBright.apply(images))
+
+
+def test_a_copy_with_other_gradients_is_noticed_and_not_used(net, data):
+    means = data.images.flatten(1).mean(1)
+    dark, bright = (means <= 0.5).nonzero().squeeze(1), (means > 0.5).nonzero().squeeze(1)
+    # Attacks themselves compare the first few images.
+    mixed = data.subset(torch.cat([dark[:4], bright[:40]]))
+    chosen = ["attacked copy", "objectives agree"]
+    arguments = {"budget": SMALL, "checks": chosen}
+    found = audit(TurnedWhereBright(net), mixed, replace(BALL, radius=0.3), **arguments)
+    assert raised(found) >= {"attacked copy"}
+    assert found["attacked copy"].numbers["median_cosine"] == pytest.approx(-1, abs=1e-3)
+    # The audit's own attacks follow the model's gradient, which leads them astray; the copy's does not.
+    plain = audit(net, mixed, replace(BALL, radius=0.3), **arguments)
+    left = [part["objectives agree"].numbers["accuracy_cross_entropy"] for part in (found, plain)]
+    assert left[0] > left[1] + 0.3
+    # On dark images alone there is nothing to notice.
+    found = audit(TurnedWhereBright(net), data.subset(dark), BALL, **arguments)
+    assert found["attacked copy"].verdict == "ok"
+
+
 class Rooted(nn.Module):
     """The square root of zero: right forward, NaN backward."""
 

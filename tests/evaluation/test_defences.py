@@ -12,15 +12,14 @@ from onmanifold.attacks import APGD, PGD, Engine, RandomPerturbation
 from onmanifold.attacks.engine import frozen
 from onmanifold.attacks.square import Square
 from onmanifold.data.dataset import Dataset
-from onmanifold.evaluation import WORST_CASE, Evaluation, evaluate
+from onmanifold.evaluation import WORST_CASE, Evaluation, evaluate, model_digest
 from onmanifold.evaluation.defence_evaluation import (
-    Transfer,
+    TransferAttack,
     evaluate_defence,
     ways_through,
 )
 from onmanifold.evaluation.defence_projection import ManifoldProjection
 from onmanifold.evaluation.defence_result import TRANSFER
-from onmanifold.evaluation.defence_settings import settings_digest
 from onmanifold.evaluation.defences import (
     BPDA,
     Defence,
@@ -424,9 +423,41 @@ def test_images_of_another_model_are_shown_too():
         sources={"twin": other},
     )
     # The twin is the defence itself.
-    strong = Transfer.of(attacks()["PGD"], other)(defence, dataset.images, dataset.labels)
+    strong = TransferAttack.of(attacks()["PGD"], other)(defence, dataset.images, dataset.labels)
     assert found.accuracy("transfer from twin") < found.accuracy(TRANSFER)
     assert float((~strong.success).float().mean()) < found.accuracy(TRANSFER)
+
+
+class NoisyInTheLight(nn.Module):
+    """Random, but not on dark images."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        bright = images.flatten(1).mean(1).view(-1, 1, 1, 1) > 0.4
+        return self.net(images + bright * torch.randn_like(images))
+
+
+@pytest.mark.parametrize("bright", [True, False])
+def test_a_source_that_is_random_on_some_images_is_recognised(bright, monkeypatch):
+    net, images = smooth_net(), some_images(6)
+    images[0] = 0.1
+    images[1:] *= 1.0 if bright else 0.5
+    labels = net(images).argmax(1)
+    searches = []
+
+    def spy(attack, search):
+        searches.append(search)
+        return own(attack, search)
+
+    own = PGD.search
+    monkeypatch.setattr(PGD, "search", spy)
+    transfer = TransferAttack.of(PGD(BALL, steps=2), NoisyInTheLight(net))
+    assert not transfer.attack.early_stop
+    transfer(net, images, labels)
+    assert [search.random for search in searches] == [bright]
 
 
 def test_a_second_start_computes_nothing_twice(tmp_path, monkeypatch):
@@ -477,10 +508,14 @@ def test_a_digest_tells_settings_apart():
         Defence(net, functools.partial(rounded, levels=5)),
         Defence(net, Noisy(0.1)),
         Defence(net, Noisy(0.2)),
+        Descent(net, step=0.1),
+        Descent(net, step=0.2),
+        BPDA(Defence(net, rounded)),
+        BPDA(Defence(net, rounded), make_blur()),
+        Differentiable(Defence(net, rounded)),
     ]
-    assert len({settings_digest(defence) for defence in defences}) == len(defences)
-    assert settings_digest(Defence(net, levels(4))) == settings_digest(Defence(net, levels(4)))
-    assert " at 0x" not in repr(BPDA(defences[2], make_blur()))
+    assert len({model_digest(defence) for defence in defences}) == len(defences)
+    assert model_digest(Defence(net, levels(4))) == model_digest(Defence(net, levels(4)))
 
 
 # The projection.

@@ -81,7 +81,7 @@ class APGD(GradientAttack):
 
     def starting(self, region: Region) -> Region:
         """Where searches start: in the largest of the shrinking l1 balls."""
-        return region.scaled(_L1_PHASES[0][0])
+        return region.scaled_in_l1(_L1_PHASES[0][0])
 
     def ascend(self, walk: Walk, best: Best, start: Variables) -> None:
         """All steps from one start; in l1 balls, phase by phase."""
@@ -93,7 +93,7 @@ class APGD(GradientAttack):
             last = number == len(_L1_PHASES) - 1
             steps = self.steps - done if last else int(share * self.steps)
             done += steps
-            larger = replace(walk, region=walk.region.scaled(factor))
+            larger = replace(walk, region=walk.region.scaled_in_l1(factor))
             start = larger.region.project(start)
             start = self._phase(larger, best, start, steps, first=number == 0, offers=last)
 

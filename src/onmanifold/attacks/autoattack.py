@@ -24,7 +24,8 @@ CLEAN = "clean"
 """Name of what fooled the model where no attack was needed."""
 Member = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
-# Of all seeds in [0, 2**63) none is the same as another's after this.
+# Member n searches with the seed plus n strides: no two members of a run share a start, nor do any of two runs
+# whose seeds differ by less than a stride.
 _SEED_STRIDE = 1_000_003
 
 
@@ -82,16 +83,17 @@ class AutoAttack(Attack):
 
     def _makers(self) -> dict[str, Callable[[], Attack]]:
         threat, engine, steps = self.threat, self.engine, self.steps
+        standard, plus = self.version == "standard", self.version == "plus"
         images = isinstance(threat, ImageBall)
         l1 = isinstance(threat, ImageBall) and threat.norm == "l1"
-        sparse = l1 and self.version == "standard"
-        plus = self.version == "plus"
+        # Where one start often ends in a poor maximum: in l1 balls, and with few variables.
+        rugged = l1 or not images
         passes = 20 if self.version == "rand" else 1
         makers: dict[str, Callable[[], Attack]] = {
             "apgd-ce": lambda: APGD(
                 threat,
                 steps,
-                restarts=5 if plus or sparse or (self.version == "standard" and not images) else 1,
+                restarts=5 if plus or (standard and rugged) else 1,
                 passes=passes,
                 engine=engine,
             ),
@@ -104,7 +106,7 @@ class AutoAttack(Attack):
                 engine=engine,
             ),
             "apgd-t": lambda: APGD(
-                threat, steps, objective=TargetedDLR(5 if sparse else 9), engine=engine
+                threat, steps, objective=TargetedDLR(5 if standard and l1 else 9), engine=engine
             ),
             "fab": lambda: FAB(threat, steps, targets=None, restarts=5, engine=engine),
             "fab-t": lambda: FAB(threat, steps, engine=engine),
@@ -155,7 +157,6 @@ class _Cascade:
         """Run a member on the samples that are still robust."""
         search, robust = self.search, self.robust
         part = search.keep(robust)
-        # Members never share a start.
         seed = search.seed + number * _SEED_STRIDE
         objective = member.bind(part.network, part.images, part.labels, None)
         found = member.search(replace(part, objective=objective, seed=seed))

@@ -11,11 +11,13 @@ from torch import Tensor
 from onmanifold.attacks.base import Attack, Found, Search
 from onmanifold.attacks.core import gradients_of, selected
 from onmanifold.attacks.engine import FrozenNetwork
+from onmanifold.attacks.smallest import Smallest
 from onmanifold.attacks.updates import Adam
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
 from onmanifold.objectives import BoundObjective, Margin, TargetedMargin
 from onmanifold.threats.base import Ball, Region, Variables
+from onmanifold.threats.geometry import clip
 
 # tanh cannot reach its bounds; this near to them is near enough (as in the authors' code).
 _INSIDE = 1 - 1e-6
@@ -90,18 +92,19 @@ class CarliniWagner(Attack):
         """Minimise for one constant after the other; keep the smallest perturbation that fools."""
         # The smallest perturbation ends on the boundary itself, where low precision is no use.
         objective = replace(search.objective, network=search.network.exact)
-        smallest = _Smallest(search.region)
+        smallest = Smallest(search.region, self.early_stop)
         everyone = torch.arange(len(search.indices), device=search.indices.device)
         with torch.no_grad():
             zero = search.region.zero()
             values, logits = objective(search.region.render(zero))
-        smallest.offer(everyone, zero, objective.finished(values, logits), search.region)
+        smallest.offer(
+            everyone, zero, _size(zero, search.region), objective.finished(values, logits)
+        )
         smallest.forwards += 1
         constant = torch.full_like(smallest.size, self.first_constant)
         low, high = torch.zeros_like(constant), torch.full_like(constant, _LARGEST_CONSTANT)
         for _ in range(self.rounds):
-            # What is misclassified as it is cannot become smaller.
-            left = smallest.size > (smallest.radius if self.early_stop else 0.0)
+            left = smallest.under_way
             if not bool(left.any()):
                 break
             run = _Run(search.region, objective, everyone, constant).keep(left)
@@ -110,9 +113,9 @@ class CarliniWagner(Attack):
             low = torch.where(succeeded, low, torch.maximum(low, constant))
             between = (low + high) / 2
             constant = torch.where(high < _LARGEST_CONSTANT, between, 10 * constant)
-        return smallest.found(search.region)
+        return smallest.found(search.region.project(smallest.variables))
 
-    def _minimise(self, run: _Run, smallest: _Smallest) -> Tensor:
+    def _minimise(self, run: _Run, smallest: Smallest) -> Tensor:
         """All steps with one constant each; which samples succeeded at any distance, (B,) bool."""
         succeeded = torch.zeros_like(smallest.size, dtype=torch.bool)
         bends = {name: _Bend.of(ball, self.bounds) for name, ball in run.region.balls.items()}
@@ -132,13 +135,11 @@ class CarliniWagner(Attack):
             smallest.forwards[run.rows] += 1
             fooled = run.objective.finished(values.detach(), logits.detach())
             points = {name: point.detach() for name, point in points.items()}
-            smallest.offer(run.rows, points, fooled, run.region)
+            smallest.offer(run.rows, points, _size(points, run.region), fooled)
             succeeded[run.rows] |= fooled
             if last:
                 break
-            stays = torch.ones_like(fooled)
-            if self.early_stop:
-                stays = smallest.size[run.rows] > smallest.radius[run.rows]
+            stays = smallest.under_way[run.rows]
             if step % max(1, self.steps // 10) == 0:
                 # A gain is at most 0.
                 stays &= gain.detach() >= _PROGRESS * before
@@ -211,38 +212,13 @@ class _Bend(NamedTuple):
 
     def clip(self, argument: Tensor) -> Tensor:
         """The nearest allowed argument."""
-        return argument if self.low is None else torch.clamp(argument, self.low, self.high)
+        if self.low is None or self.high is None:
+            return argument
+        return clip(argument, self.low, self.high)
 
     def keep(self, mask: Tensor) -> _Bend:
         """That of the selected samples."""
         return _Bend(*(None if part is None else part[mask] for part in self))
-
-
-class _Smallest:
-    """The smallest perturbation of each sample that fools with confidence, and the passes spent on it."""
-
-    def __init__(self, region: Region) -> None:
-        self.variables = region.zero()
-        self.radius = _unit(region)
-        self.size = torch.full_like(self.radius, torch.inf)
-        self.forwards = torch.zeros_like(self.radius, dtype=torch.int32)
-        self.backwards = torch.zeros_like(self.forwards)
-
-    def offer(self, rows: Tensor, points: Variables, fooled: Tensor, region: Region) -> None:
-        """Points of the samples at ``rows``, whose region is given."""
-        size = _size(points, region)
-        smaller = fooled & (size < self.size[rows])
-        if not bool(smaller.any()):
-            return
-        chosen = rows[smaller]
-        self.size[chosen] = size[smaller]
-        for name, point in points.items():
-            self.variables[name][chosen] = point[smaller]
-
-    def found(self, region: Region) -> Found:
-        """The points, inside the ball."""
-        variables = region.project(self.variables)
-        return Found(variables, -self.size, self.forwards, self.backwards)
 
 
 def _unit(region: Region) -> Tensor:

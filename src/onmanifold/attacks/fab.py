@@ -10,11 +10,11 @@ from torch import Tensor
 
 from onmanifold.attacks.base import Attack, Found, Search
 from onmanifold.attacks.engine import FrozenNetwork
+from onmanifold.attacks.smallest import Smallest
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
 from onmanifold.objectives import BoundObjective, Margin, likeliest_others
 from onmanifold.threats import geometry
-from onmanifold.threats.base import Ball
 from onmanifold.threats.geometry import Norm
 from onmanifold.threats.image import ImageRegion
 
@@ -79,26 +79,37 @@ class FAB(Attack):
             raise InputError(
                 "threat: FAB measures distances between images; expected an ImageBall."
             )
+        ball, smallest = region.balls["image"], Smallest(region, self.early_stop)
         logits = search.network(search.images)
-        smallest = _Smallest(search, region.balls["image"], self.early_stop)
-        smallest.offer(torch.arange(len(logits), device=logits.device), search.images, logits)
+        smallest.forwards += 1
+        wrong = logits.argmax(1) != search.labels
+        everyone = torch.arange(len(logits), device=logits.device)
+        smallest.offer(everyone, region.zero(), torch.zeros_like(smallest.size), wrong)
         aims = (
             None if self.targets is None else likeliest_others(logits, search.labels, self.targets)
         )
         for restart in range(self.restarts):
             for turn in range(1 if aims is None else aims.shape[1]):
-                walk = smallest.remaining()
+                walk = smallest.under_way.nonzero().squeeze(1)
                 if len(walk) == 0:
                     break
                 aim = None if aims is None else aims[walk, turn]
-                self._walk(smallest, walk, aim, restart)
-        return smallest.found()
+                start = _start(search, smallest, ball.norm, walk, restart)
+                self._walk(search, smallest, ball.norm, walk, aim, start)
+        inside = (smallest.size <= smallest.radius).view(-1, 1, 1, 1)
+        return smallest.found({"image": torch.where(inside, smallest.variables["image"], 0.0)})
 
-    def _walk(self, smallest: _Smallest, walk: Tensor, aim: Tensor | None, restart: int) -> None:
+    def _walk(
+        self,
+        search: Search,
+        smallest: Smallest,
+        norm: Norm,
+        walk: Tensor,
+        aim: Tensor | None,
+        points: Tensor,
+    ) -> None:
         """All steps of the samples at positions ``walk`` towards one class each, or to the nearest boundary."""
-        search, norm = smallest.search, smallest.norm
         origin, labels = search.images[walk], search.labels[walk]
-        points = smallest.start(walk, restart)
         for _ in range(self.steps):
             slope, missing = _plane(search.network, points, labels, aim, norm)
             points = self._step(points, origin, slope, missing, norm)
@@ -108,7 +119,8 @@ class FAB(Attack):
             crossed = logits.argmax(1) != labels
             if not bool(crossed.any()):
                 continue
-            smallest.offer(walk, points, logits)
+            change = points - origin
+            smallest.offer(walk, {"image": change}, geometry.size(change, norm), crossed)
             rows = crossed.nonzero().squeeze(1)
             back = torch.lerp(origin[rows], points[rows], self.backward_step)
             points = points.index_copy(0, rows, back)
@@ -133,66 +145,23 @@ class FAB(Attack):
         return torch.lerp(ahead, anew, pull).clamp_(0, 1).view_as(points)
 
 
-class _Smallest:
-    """The smallest perturbation of each sample so far, and the passes spent on it."""
-
-    def __init__(self, search: Search, ball: Ball, early_stop: bool) -> None:
-        self.search, self.norm, self.radius, self.early_stop = (
-            search,
-            ball.norm,
-            ball.radius,
-            early_stop,
-        )
-        self.points = search.images
-        self.length = torch.full_like(ball.radius, torch.inf)
-        self.forwards = torch.ones_like(search.labels, dtype=torch.int32)
-        self.backwards = torch.zeros_like(self.forwards)
-
-    @property
-    def under_way(self) -> Tensor:
-        """(B,) bool: which samples are still searched; those misclassified as they are never are."""
-        return self.length > (self.radius if self.early_stop else 0)
-
-    def remaining(self) -> Tensor:
-        """Positions of the samples that are still searched."""
-        return self.under_way.nonzero().squeeze(1)
-
-    def start(self, walk: Tensor, restart: int) -> Tensor:
-        """The images; at a restart, points around them, at most half as far as what counts."""
-        images = self.search.images[walk]
-        if restart == 0:
-            return images
-        distance = self.length[walk].minimum(self.radius[walk]) / 2
-        points = geometry.random_points(
-            images[0].numel(),
-            self.norm,
-            distance,
-            "surface",
-            self.search.seed,
-            self.search.indices[walk],
-            f"start/image/{restart}",
-        )
-        points = geometry.project(points, self.norm, distance, None, None)
-        return (images + points.view_as(images)).clamp(0, 1)
-
-    def offer(self, walk: Tensor, points: Tensor, logits: Tensor) -> None:
-        """Keep the points that are misclassified and nearer than those before."""
-        length = geometry.size(points - self.search.images[walk], self.norm)
-        better = (logits.argmax(1) != self.search.labels[walk]) & (length < self.length[walk])
-        rows = walk[better]
-        self.points = self.points.index_copy(0, rows, points[better])
-        self.length = self.length.index_copy(0, rows, length[better])
-
-    def found(self) -> Found:
-        """The points within the radius; the image itself where there is none."""
-        change = self.points - self.search.images
-        inside = (self.length <= self.radius).view(-1, 1, 1, 1)
-        return Found(
-            {"image": torch.where(inside, change, 0.0)},
-            -self.length,
-            self.forwards,
-            self.backwards,
-        )
+def _start(search: Search, smallest: Smallest, norm: Norm, walk: Tensor, restart: int) -> Tensor:
+    """The images; at a restart, points around them, at most half as far as what counts."""
+    images = search.images[walk]
+    if restart == 0:
+        return images
+    distance = smallest.size[walk].minimum(smallest.radius[walk]) / 2
+    points = geometry.random_points(
+        images[0].numel(),
+        norm,
+        distance,
+        "surface",
+        search.seed,
+        search.indices[walk],
+        f"start/image/{restart}",
+    )
+    points = geometry.project(points, norm, distance, None, None)
+    return (images + points.view_as(images)).clamp(0, 1)
 
 
 def _plane(

@@ -6,19 +6,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import get_args
 
-from torch import Tensor
-
-from onmanifold.attacks.base import Attack, Found, Search
+from onmanifold.attacks.base import Search
 from onmanifold.attacks.core import Best, Walk
-from onmanifold.attacks.engine import FrozenNetwork
+from onmanifold.attacks.restarts import RestartedAttack
 from onmanifold.foundation.errors import InputError
-from onmanifold.objectives import BoundObjective, CrossEntropy, KullbackLeibler, Objective
+from onmanifold.objectives import CrossEntropy, KullbackLeibler, Objective
 from onmanifold.threats.base import Region, Variables
 from onmanifold.threats.geometry import Start
 
 
 @dataclass(frozen=True)
-class GradientAttack(Attack, ABC):
+class GradientAttack(RestartedAttack, ABC):
     """Base of the attacks that follow the gradient of the objective.
 
     Attributes:
@@ -40,15 +38,6 @@ class GradientAttack(Attack, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.objective, str):
-            # Python users may name the objective, as a specification does.
-            object.__setattr__(self, "objective", Objective.registry.build(self.objective))
-        if not isinstance(self.objective, Objective):
-            raise InputError(
-                f"objective: expected an objective, found {type(self.objective).__name__}."
-            )
-        if self.restarts < 1:
-            raise InputError(f"restarts: expected at least 1, found {self.restarts}.")
         if isinstance(self.objective, KullbackLeibler) and self.start == "zero":
             raise InputError(
                 "start: the divergence to the clean prediction has no gradient at the clean image; "
@@ -61,26 +50,15 @@ class GradientAttack(Attack, ABC):
                 f"start: expected one of {list(get_args(Start))}, found {self.start!r}."
             )
 
-    def bind(
-        self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None
-    ) -> BoundObjective:
-        """The objective on a batch."""
-        return self.objective.bind(network, images, labels, targets)
+    def nothing_yet(self, search: Search) -> Best:
+        """The same, each gradient averaged over the passes."""
+        return Best(search, self.early_stop, self.passes)
 
-    def search(self, search: Search) -> Found:
-        """Ascend from each start, for each of the objective's targets; keep the best point of each sample."""
-        best = Best(search, self.early_stop, self.passes)
-        for turn in range(search.objective.turns):
-            objective = search.objective.turn(turn)
-            for restart in range(self.restarts):
-                walk = best.remaining(objective)
-                if walk is None:
-                    return best.found
-                number = turn * self.restarts + restart
-                region = self.starting(walk.region)
-                start = region.random(self.start, search.seed, walk.indices, number)
-                self.ascend(walk, best, start)
-        return best.found
+    def restart(self, walk: Walk, best: Best, number: int) -> None:
+        """Ascend from a random start."""
+        region = self.starting(walk.region)
+        start = region.random(self.start, best.search.seed, walk.indices, number)
+        self.ascend(walk, best, start)
 
     def starting(self, region: Region) -> Region:
         """The region that random starts are drawn from."""

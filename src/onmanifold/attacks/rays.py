@@ -14,6 +14,7 @@ from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
 from onmanifold.objectives import BoundObjective, Margin
 from onmanifold.threats.base import Ball, Region, Variables
+from onmanifold.threats.geometry import clip
 from onmanifold.threats.image import ImageRegion
 
 # After how many queries samples that are done may leave.
@@ -163,7 +164,7 @@ class _Rays:
 
     def points(self, signs: Tensor, distance: Tensor) -> Variables:
         """The variables at a distance (B,) along directions (B, D)."""
-        moved = (signs * self.scale * distance.unsqueeze(1)).clamp(self.low, self.high)
+        moved = clip(signs * self.scale * distance.unsqueeze(1), self.low, self.high)
         sizes = [torch.Size(ball.shape).numel() for ball in self.region.balls.values()]
         return {
             name: part.view(-1, *ball.shape)

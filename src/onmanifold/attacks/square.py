@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from onmanifold.attacks.base import Attack, Found, Search
 from onmanifold.attacks.core import Best, Walk
-from onmanifold.attacks.engine import FrozenNetwork, full_float32
+from onmanifold.attacks.engine import full_float32
+from onmanifold.attacks.restarts import RestartedAttack
 from onmanifold.attacks.square_moves import Flips, Moves
 from onmanifold.attacks.square_shifts import Shifts
 from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
-from onmanifold.objectives import BoundObjective, Margin, Objective
+from onmanifold.objectives import Margin, Objective
 from onmanifold.threats.base import Variables
 from onmanifold.threats.image import ImageRegion
 
@@ -46,7 +46,7 @@ def share_of(query: int, first: float = 0.8, queries: int = 10_000) -> float:
 
 @ATTACKS.register("square")
 @dataclass(frozen=True)
-class Square(Attack):
+class Square(RestartedAttack):
     """Square attack: random search that needs no gradients, only logits.
 
     The first query of all is the image itself, the second a start of vertical stripes (linf) or tiles (l2 and
@@ -77,45 +77,23 @@ class Square(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.objective, str):
-            object.__setattr__(self, "objective", Objective.registry.build(self.objective))
-        if not isinstance(self.objective, Objective):
-            raise InputError(
-                f"objective: expected an objective, found {type(self.objective).__name__}."
-            )
         if self.queries < 2:
             raise InputError(f"queries: expected at least 2, found {self.queries}.")
-        if self.restarts < 1:
-            raise InputError(f"restarts: expected at least 1, found {self.restarts}.")
         if not 0 < self.first_share <= 1:
             raise InputError(f"first_share: expected a number in (0, 1], found {self.first_share}.")
 
-    def bind(
-        self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None
-    ) -> BoundObjective:
-        """The objective on a batch."""
-        return self.objective.bind(network, images, labels, targets)
-
-    def search(self, search: Search) -> Found:
-        """Search from each start, for each of the objective's targets; keep the best point of each sample."""
-        best = Best(search, self.early_stop)
-        with torch.no_grad():
-            for turn in range(search.objective.turns):
-                objective = search.objective.turn(turn)
-                for restart in range(self.restarts):
-                    self._restart(best, objective, turn * self.restarts + restart)
-        return best.found
-
-    def _restart(self, best: Best, objective: BoundObjective, number: int) -> None:
-        """One search from one start."""
-        walk = best.remaining(objective)
-        if walk is not None and number == 0:
+    @torch.no_grad()
+    def restart(self, walk: Walk, best: Best, number: int) -> None:
+        """Query by query from one start; before the first start the images themselves are asked about."""
+        if number == 0:
             climb = _Climb(walk, best)
             climb.evaluate()
             climb.hand_in()
-            walk = best.remaining(objective)
-        if walk is None:
-            return
+            # Nobody had left before, so that this is the objective of all.
+            left = best.remaining(walk.objective)
+            if left is None:
+                return
+            walk = left
         climb, seed = _Climb(walk, best), best.search.seed
         for name, moves in climb.moves.items():
             moves.start(seed, walk.indices, f"square/{name}/{number}/start")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onmanifold.attacks.apgd import APGD
-from onmanifold.attacks.base import Attack, Found, Search
+from onmanifold.attacks.base import Attack, Found, Search, is_random
 from onmanifold.attacks.engine import FrozenNetwork, frozen, probe, untouched
 from onmanifold.attacks.gradient import GradientAttack
 from onmanifold.attacks.stepped import RandomPerturbation
@@ -47,12 +47,12 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of structure and weights."""
+        """A digest of structure, weights and settings."""
         return model_digest(self.model)
 
 
 @dataclass(frozen=True)
-class Transfer(Attack):
+class TransferAttack(Attack):
     """An attack on one model, its images then shown to another: to whichever this is called for.
 
     Attributes:
@@ -65,11 +65,11 @@ class Transfer(Attack):
     source: Source
 
     @staticmethod
-    def of(attack: Attack, model: nn.Module) -> Transfer:
+    def of(attack: Attack, model: nn.Module) -> TransferAttack:
         """The transfer of an attack from a model."""
         if isinstance(attack, GradientAttack):
             attack = replace(attack, early_stop=False)
-        return Transfer(attack.threat, attack, Source(model))
+        return TransferAttack(attack.threat, attack, Source(model))
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -86,9 +86,8 @@ class Transfer(Attack):
         """What the attack finds on the source."""
         images, labels = search.images, search.labels
         with frozen(self.source.model, images, self.attack.engine, seed=search.seed) as network:
-            few = images[:1]
-            random = not torch.equal(probe(network, few), probe(network, few))
             objective = self.attack.bind(network, images, labels, None)
+            random = is_random(network, images)
             return self.attack.search(
                 replace(search, network=network, objective=objective, random=random)
             )
@@ -174,7 +173,7 @@ def evaluate_defence(
         batch_size: Samples per batch.
         seed: Of all that is random.
         directory: Where finished batches and ledgers are kept, to resume; see `evaluate`. Functions in a
-            defence are told apart by their code and what they close over.
+            defence are told apart by their code and what they refer to; see `model_digest`.
         progress: As for `evaluate`.
 
     Raises:
@@ -195,7 +194,9 @@ def evaluate_defence(
         raise InputError("sources: the name 'static' is that of the defence's own classifier.")
     models = {"static": defence.classifier, **(sources or {})}
     direct: dict[str, Mapping[str, Attack]] = {
-        f"transfer from {name}": {key: Transfer.of(attack, model) for key, attack in white.items()}
+        f"transfer from {name}": {
+            key: TransferAttack.of(attack, model) for key, attack in white.items()
+        }
         for name, model in models.items()
     }
     groups = {**direct, **dict.fromkeys(ways, adaptive), BLACK_BOX: black}

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from onmanifold.evaluation.defence_settings import settings_digest
 from onmanifold.foundation.errors import InputError
 
 Transform = Callable[..., Tensor]
@@ -109,10 +108,6 @@ class Defence(nn.Module):
         logits: Tensor = self.classifier(self.seen(images))
         return logits
 
-    def extra_repr(self) -> str:
-        """A digest of what the modules' own lines do not show; results on disk are keyed by it."""
-        return f"settings={settings_digest(self)}"
-
 
 class Differentiable(nn.Module):
     """A defence with the gradient that it has as it is written.
@@ -171,10 +166,6 @@ class BPDA(nn.Module):
             seen = _StraightThrough.apply(seen, smooth)  # type: ignore[no-untyped-call]
         logits: Tensor = self.defence.classifier(seen)
         return logits
-
-    def extra_repr(self) -> str:
-        """A digest of the surrogate too."""
-        return f"settings={settings_digest(self)}"
 
 
 class Unrolled(nn.Module):

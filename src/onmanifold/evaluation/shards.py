@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from onmanifold.evaluation.digests import Digests
 from onmanifold.evaluation.ledger import completed, read_table, write_table
 from onmanifold.foundation.errors import DataError
 from onmanifold.foundation.files import write_atomically
 
 LEDGER = "ledger.parquet"
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _KEY = b"key"
 
 
 def model_digest(model: nn.Module) -> str:
-    """A digest of a model's structure and of all its weights and buffers, whatever device they are on."""
-    digest = hashlib.blake2b(digest_size=16)
-    # Functions print with their address, which differs from process to process.
-    digest.update(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)).encode())
-    tensors = {**dict(model.named_buffers()), **model.state_dict()}
-    for name, value in sorted(tensors.items(), key=lambda item: item[0]):
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.flatten().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{name} {value!r}".encode())
-    return digest.hexdigest()
+    """A digest of a model's structure, of all its weights and buffers, and of the settings of its modules.
+
+    It is the same in every process, on any device, and in train and eval mode. Settings are the public attributes
+    of modules: numbers, switches, functions with what they refer to, tensors, containers and objects of such.
+    Attributes whose names begin with an underscore do not count; what a forward pass leaves behind belongs there.
+    Nor does the code of classes.
+    """
+    return Digests().of(model)
 
 
 def array_digest(*tensors: Tensor | None) -> str:

@@ -111,7 +111,7 @@ class Ball:
         """Norm of each sample's variable, (B,)."""
         return geometry.size(points, self.norm)
 
-    def scaled(self, factor: float) -> Ball:
+    def scaled_in_l1(self, factor: float) -> Ball:
         """An l1 ball with its radius multiplied; a ball of another norm as it is."""
         if self.norm != "l1" or factor == 1:
             return self
@@ -142,10 +142,10 @@ class Region(ABC):
     def keep(self, mask: Tensor) -> Region:
         """The region of the samples selected by ``mask``, (B,) bool."""
 
-    def scaled(self, factor: float) -> Region:
+    def scaled_in_l1(self, factor: float) -> Region:
         """The same region with the radius of its l1 balls multiplied; boxes stay."""
         larger = copy.copy(self)
-        larger.balls = {name: ball.scaled(factor) for name, ball in self.balls.items()}
+        larger.balls = {name: ball.scaled_in_l1(factor) for name, ball in self.balls.items()}
         return larger
 
     def zero(self) -> Variables:

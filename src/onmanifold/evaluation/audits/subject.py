@@ -66,7 +66,11 @@ class Subject:
 
     @cached_property
     def copied_gradients(self) -> Tensor:
-        """Cosine (B,) between the gradients of the model and of the private copy that attacks run."""
+        """Cosine (B,) between the gradients of the model and of the private copy that attacks run.
+
+        Attacks compare the two themselves, but on the first few images only, when the copy is made: a gradient of
+        the model's own that shows on other images is lost on them.
+        """
         few, labels = self.images[:_FEW], self.labels[:_FEW]
         rows = []
         for fold in (False, True):

@@ -66,7 +66,7 @@ def test_mistakes_in_a_file(write, change, message):
 
 def test_mistakes_in_a_name():
     with pytest.raises(
-        ConfigError, match="neither a YAML file nor a manifold. Did you mean 'glow'"
+        ConfigError, match=r"neither a YAML file nor a manifold\. Did you mean 'glow'"
     ):
         load_fit("glwo", "mnist")
     with pytest.raises(ConfigError, match="which dataset"):

@@ -292,7 +292,7 @@ def test_wrong_codes(manifold):
         manifold.check_codes(codes[:, 1:], COUNT)
     if manifold.code_size > manifold.latent_size:
         codes[0, -1] = CLASSES
-        with pytest.raises(InputError, match="codes: expected a .*class"):
+        with pytest.raises(InputError, match=r"codes: expected a .*class"):
             manifold.chart(codes)
 
 

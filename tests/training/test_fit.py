@@ -20,9 +20,9 @@ import onmanifold as om
 from onmanifold.foundation.errors import CheckpointError, ConfigError, DivergenceError, InputError
 from onmanifold.manifolds import LearnedManifold
 from onmanifold.training.checkpoint import Checkpoint
-from onmanifold.training.run_fit import fit
 from onmanifold.training.fits import ClosedForm, Fit
 from onmanifold.training.loop import Training
+from onmanifold.training.run_fit import fit
 
 CONFIG = {
     "epochs": 3,

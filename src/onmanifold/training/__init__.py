@@ -1,6 +1,7 @@
 """Training: methods say which examples and which loss, one loop runs them all."""
 
 from onmanifold.training.config import TrainingConfig
+from onmanifold.training.fits import ClosedForm, Fit, FitStep
 from onmanifold.training.methods import (
     DMAT,
     AdversarialTraining,
@@ -9,7 +10,6 @@ from onmanifold.training.methods import (
     RandomPerturbationTraining,
     Step,
 )
-from onmanifold.training.fits import ClosedForm, Fit, FitStep
 from onmanifold.training.run import TrainingResult, train
 from onmanifold.training.run_fit import FitResult, fit
 

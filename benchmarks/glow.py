@@ -378,6 +378,8 @@ def train_both(arguments: argparse.Namespace) -> None:
             f"{steps} steps in {seconds:.0f} s",
             flush=True,
         )
+        if network is glow and arguments.keep is not None:
+            om.save_manifold(glow.eval(), arguments.keep, {"steps": steps})
 
 
 def learn(
@@ -429,6 +431,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="train both for as many steps as these allow ours"
     )
+    parser.add_argument("--keep", type=Path, help="file for our trained flow")
     parser.add_argument("--dataset", default="fashion_mnist")
     parser.add_argument("--images", type=int, default=2000, help="test images after training")
     parser.add_argument("--levels", type=int, default=3)

@@ -39,6 +39,7 @@ def build_classifier(
     Raises:
         ConfigError: Unknown name or option (the nearest valid one is named), or a wrong value.
 
+    >>> import torch
     >>> classifier = build_classifier("mlp", num_classes=3, image_shape=(1, 8, 8), seed=0)
     >>> classifier(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 3])

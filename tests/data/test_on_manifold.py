@@ -473,6 +473,8 @@ found = test.make(
 assert found.overall.samples == 20
 # Files 0 and 2 of 4 are of the first process, which alone reports.
 assert [done for _, done, _ in seen] == ([6, 12] if fabric.is_global_zero else [])
+fabric.barrier()
+torch.distributed.destroy_process_group()
 """
 
 

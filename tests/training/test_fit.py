@@ -314,6 +314,9 @@ fabric.launch()
 result = test.fit(test.make_manifold(), problem.make_dataset(), test.EXACT, fit=test.Still(), fabric=fabric)
 if fabric.is_global_zero:
     safetensors.torch.save_file(result.manifold.state_dict(), out)
+# Left to the interpreter's end, threads of the group are at times still alive, which ends the process by a signal.
+fabric.barrier()
+torch.distributed.destroy_process_group()
 """
 
 EXACT = {**CONFIG, "precision": "64-true"}

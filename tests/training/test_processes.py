@@ -42,6 +42,8 @@ for name, (method, batch_norm, config) in test.cases(problem.Tint()).items():
     assert spread == 0, f"the processes differ by {spread}"
     if fabric.is_global_zero:
         safetensors.torch.save_file(weights, f"{directory}/result.safetensors")
+fabric.barrier()
+torch.distributed.destroy_process_group()
 """
 
 CONFIG = TrainingConfig(

@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 
 from onmanifold.classifiers import load_classifier
 from onmanifold.data.dataset import Dataset
-from onmanifold.experiments.setup import load_split
+from onmanifold.experiments.datasets import load_split
 from onmanifold.experiments.spec import (
     DatasetSpec,
     Mapped,

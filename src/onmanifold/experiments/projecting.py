@@ -11,8 +11,8 @@ from pydantic import ConfigDict
 
 from onmanifold.classifiers import load_classifier
 from onmanifold.data.sources import Split
+from onmanifold.experiments.datasets import load_split
 from onmanifold.experiments.on_manifold import OnManifoldData, Search, project_dataset
-from onmanifold.experiments.setup import load_split
 from onmanifold.experiments.spec import DatasetSpec, Mapped, apply_overrides, parse_dataset
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import Context, build_component

@@ -10,10 +10,10 @@ from typing import Any
 from onmanifold.attacks import Attack
 from onmanifold.classifiers import build_classifier
 from onmanifold.classifiers.layers import Classifier
-from onmanifold.data import Dataset, load_dataset
-from onmanifold.data.fonts import embedded_folder
+from onmanifold.data import Dataset
 from onmanifold.data.on_manifold import MANIFOLD_FILE
-from onmanifold.experiments.spec import DatasetSpec, Experiment
+from onmanifold.experiments.datasets import dataset_options, load_split
+from onmanifold.experiments.spec import Experiment
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import (
     ATTACKS,
@@ -142,33 +142,6 @@ def _manifold(experiment: Experiment) -> Manifold | None:
         return None
     from onmanifold.manifolds.fonts import fonts_manifold
 
-    options = _options(experiment.dataset)
+    options = dataset_options(experiment.dataset)
     chosen: dict[str, Any] = {key: options[key] for key in ("folder", "variant") if key in options}
     return build_component(fonts_manifold, chosen, Context(), "dataset 'fonts'")
-
-
-def _options(spec: DatasetSpec) -> dict[str, Any]:
-    """The dataset's own options; the fonts' folder "embedded" is that of the fonts inside matplotlib."""
-    options = dict(spec.options)
-    if spec.type == "fonts" and options.get("folder") == "embedded":
-        options["folder"] = str(embedded_folder())
-    return options
-
-
-def load_split(spec: DatasetSpec, split: str) -> Dataset:
-    """The training or test images that a specification asks for.
-
-    Raises:
-        ConfigError: There are fewer images than asked for, or an option is wrong.
-        DataError: The data is missing or damaged.
-    """
-    size = spec.train if split == "train" else spec.test
-    if spec.type == "fonts":
-        sized = {} if size is None else {"size": size}
-        return load_dataset(spec.type, split, **sized, **_options(spec))
-    dataset = load_dataset(spec.type, split, **_options(spec))
-    if size is not None and size > len(dataset):
-        raise ConfigError(
-            f"dataset.{split}: {spec.type} has {len(dataset)} images, {size} are asked for."
-        )
-    return dataset if size is None else dataset.take(size)

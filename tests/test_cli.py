@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from onmanifold import build_classifier, save_classifier
 from onmanifold.catalogue import KINDS, catalogue
 from onmanifold.cli import app
+from onmanifold.experiments import fits as fits  # registers "fitted", which only experiments know
 from onmanifold.foundation import registry
 
 TINY = {

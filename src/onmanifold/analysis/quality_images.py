@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onmanifold.analysis.nearest import nearest_images
 from onmanifold.data.dataset import Dataset
+from onmanifold.foundation.modules import device_of, dtype_of
 from onmanifold.foundation.randomness import permutation
 from onmanifold.manifolds.base import Manifold
 
@@ -136,17 +137,6 @@ def knows_classes(manifold: Manifold, num_classes: int) -> bool:
     labels = torch.arange(num_classes, device=device_of(manifold))
     others = (labels + 1) % num_classes
     return not torch.equal(manifold.sample_codes(labels), manifold.sample_codes(others))
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's parameters and buffers."""
-    return [*module.parameters(), *module.buffers(), torch.empty(0)][0].device
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The precision of a module's parameters; of one without, the default."""
-    found = [part.dtype for part in module.parameters() if part.is_floating_point()]
-    return found[0] if found else torch.get_default_dtype()
 
 
 def _moments(latents: Tensor) -> Moments:

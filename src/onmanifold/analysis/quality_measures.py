@@ -14,15 +14,9 @@ from torch import Tensor, nn
 
 from onmanifold.analysis.frechet import frechet_distance
 from onmanifold.analysis.nearest import nearest_images
-from onmanifold.analysis.quality_images import (
-    BATCH,
-    Seen,
-    chosen_images,
-    device_of,
-    dtype_of,
-    knows_classes,
-)
+from onmanifold.analysis.quality_images import BATCH, Seen, chosen_images, knows_classes
 from onmanifold.data.dataset import Dataset
+from onmanifold.foundation.modules import device_of, dtype_of
 from onmanifold.foundation.weights import weights_digest
 from onmanifold.manifolds.perceptual import PerceptualDistance
 

@@ -21,6 +21,7 @@ from onmanifold.attacks import folding
 from onmanifold.attacks.threads import own_threads, suitable_threads, suitable_workers
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.memory import keep_freed_memory
+from onmanifold.foundation.modules import frozen as frozen_module
 from onmanifold.foundation.registry import Component
 
 Precision = Literal["32", "bf16"]
@@ -112,27 +113,17 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         model: Any module, also a compiled one.
         seed: Seeds the global generators inside the block, so that a random model gives the same again.
     """
-    modules = list(model.modules())
-    flags = [module.training for module in modules]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    places = [(module, dict(module._buffers)) for module in modules]
+    places = [(module, dict(module._buffers)) for module in model.modules()]
     devices = _cuda_devices(model)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         if seed is not None:
             _seed_generators(seed, devices)
         try:
-            for module in modules:
-                module.training = False
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-            yield
+            with frozen_module(model):
+                yield
         finally:
-            for module, flag in zip(modules, flags, strict=True):
-                module.training = flag
-            for parameter in parameters:
-                parameter.requires_grad_(True)
             for module, own in places:
                 # A forward pass may have put new tensors in place of its buffers.
                 module._buffers.update(own)

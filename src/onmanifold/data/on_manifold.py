@@ -21,6 +21,7 @@ from onmanifold.data.on_manifold_files import (
 )
 from onmanifold.data.sources import Split
 from onmanifold.foundation.errors import DataError, InputError
+from onmanifold.foundation.modules import device_of, dtype_of, frozen
 from onmanifold.foundation.registry import DATASETS, MANIFOLDS
 
 MANIFOLD_FILE = "manifold.safetensors"
@@ -169,15 +170,10 @@ def _generator(root: Path, manifold: Any, header: Header) -> Any:
 @torch.no_grad()
 def _decode(manifold: Any, codes: Tensor) -> Tensor:
     """(N, C, H, W) float32 on the CPU: what the manifold makes of the codes, on its own device."""
-    parameter = next(manifold.parameters(), None)
-    place = codes if parameter is None else parameter
+    place = device_of(manifold), dtype_of(manifold)
     images = torch.empty(len(codes), *manifold.image_shape)
-    training = manifold.training
-    manifold.eval()
-    try:
+    with frozen(manifold):
         for start in range(0, len(codes), _PORTION):
             part = slice(start, start + _PORTION)
-            images[part] = manifold.decode(codes[part].to(place)).to(images)
-    finally:
-        manifold.train(training)
+            images[part] = manifold.decode(codes[part].to(*place)).to(images)
     return images

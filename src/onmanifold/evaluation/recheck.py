@@ -18,6 +18,7 @@ from onmanifold.evaluation.ledger import STANDARD, Evaluation
 from onmanifold.evaluation.shards import LEDGER, Shards, model_digest
 from onmanifold.foundation.checks import check_images
 from onmanifold.foundation.errors import CheckpointError, DataError
+from onmanifold.foundation.modules import device_of
 from onmanifold.objectives import CrossEntropy
 
 
@@ -65,7 +66,7 @@ def _right(
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which samples the model gets right on the saved images, (N,)."""
     shards = Shards(directory, facts["attacks"][name]["key"])
-    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     parts = []
     for batch, start in enumerate(range(0, len(evaluation), facts["batch_size"])):
         images, samples = shards.read_images(batch)

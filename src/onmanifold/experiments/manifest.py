@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from onmanifold.data.dataset import Dataset
+from onmanifold.foundation.differences import first_difference
 from onmanifold.foundation.errors import DataError
 from onmanifold.foundation.files import read_json
 
@@ -84,19 +85,12 @@ def claim(folder: Path, split: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, known in splits.items():
         # The splits share the manifold; all else is a split's own.
-        wanted = plain if name == split else {"manifold": plain["manifold"]}
-        for place, before, after in _differences(known, wanted):
+        shared = plain.keys() if name == split else {"manifold"}
+        before, after = ({key: facts.get(key) for key in shared} for facts in (known, plain))
+        if before != after:
+            place, was, now = first_difference(before, after)
             raise DataError(
-                f"{folder} belongs to another projection: {place} of {name} was {before}, now it is {after}. "
+                f"{folder} belongs to another projection: {place} of {name} was {was}, now it is {now}. "
                 "Choose another folder, or delete this one to start anew."
             )
     return {**manifest, "splits": splits | {split: plain}}
-
-
-def _differences(found: Any, wanted: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two pieces of plain data differ, in the order of what is wanted."""
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for key, value in wanted.items():
-            yield from _differences(found.get(key, "absent"), value, f"{place}.{key}".strip("."))
-    elif found != wanted:
-        yield place, found, wanted

@@ -30,6 +30,7 @@ from onmanifold.experiments.reconstruction import Reconstruction, reconstruction
 from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import CheckpointError, ConfigError, DataError, InputError
 from onmanifold.foundation.files import write_json
+from onmanifold.foundation.modules import dtype_of
 from onmanifold.foundation.registry import describe
 from onmanifold.manifolds.base import Manifold
 from onmanifold.manifolds.factory import load_manifold, save_manifold
@@ -177,8 +178,7 @@ class _Searching:
 
     def rows(self, batch: Batch) -> Rows:
         """The rows of a batch on the manifold's device."""
-        parameter = next(self.manifold.parameters(), None)
-        dtype = torch.float32 if parameter is None else parameter.dtype
+        dtype = dtype_of(self.manifold)
         images = check_images(batch.images, "dataset.images").to(dtype)
         with untouched(self.manifold, self.seed), full_float32():
             codes = self._codes(images, batch).float()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -309,24 +308,6 @@ def _best_candidate(chart: Chart, goal: Goal, draws: Iterator[Tensor]) -> Tensor
         lowest = torch.where(closer, loss, lowest)
         best = torch.where(closer.unsqueeze(1), latents, best)
     return best
-
-
-@contextmanager
-def frozen(manifold: Manifold) -> Iterator[None]:
-    """The manifold in eval mode, without gradients to its parameters; then as it was."""
-    training = [module for module in manifold.modules() if module.training]
-    moving = [parameter for parameter in manifold.parameters() if parameter.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in moving:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in moving:
-            parameter.requires_grad_(True)
 
 
 def _seed(text: str) -> int:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onmanifold.foundation.errors import CheckpointError, InputError
+from onmanifold.foundation.modules import device_of, dtype_of, frozen
 from onmanifold.foundation.randomness import integers
 from onmanifold.foundation.weights import fill_module, read_module, weights_digest, write_module
 from onmanifold.manifolds.base import Manifold
-from onmanifold.manifolds.descent import frozen
 
 _KIND = "encoder"
 _MEASURED = 1000
@@ -170,12 +170,10 @@ def _untrained(manifold: Manifold, width: int, seed: int) -> LatentEncoder:
         encoder = LatentEncoder(
             manifold.image_shape, manifold.latent_size, classes, width, manifold.box
         )
-    tensors = [*manifold.parameters(), *manifold.buffers()]
-    first = next((tensor for tensor in tensors if tensor.is_floating_point()), encoder.mean)
-    encoder = encoder.to(first.device, first.dtype)
-    indices = torch.arange(_MEASURED, device=first.device)
+    encoder = encoder.to(device_of(manifold), dtype_of(manifold))
+    indices = torch.arange(_MEASURED, device=encoder.mean.device)
     codes = manifold.sample_codes(_labels(manifold, indices, seed), seed, indices)
-    latents = codes[:, : manifold.latent_size].to(first)
+    latents = codes[:, : manifold.latent_size].to(encoder.mean)
     encoder.mean.copy_(latents.mean(0))
     encoder.deviation.copy_(latents.std(0).clamp(min=1e-6))
     return encoder

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.modules import frozen
 from onmanifold.manifolds.base import Manifold
-from onmanifold.manifolds.descent import Goal, ProjectionConfig, frozen, into_box, lengths, search
+from onmanifold.manifolds.descent import Goal, ProjectionConfig, into_box, lengths, search
 from onmanifold.manifolds.learned import LearnedManifold
 from onmanifold.manifolds.perceptual import PerceptualDistance
 

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from onmanifold.analysis.nearest import nearest_images
-from onmanifold.analysis.quality_images import (
-    BATCH,
-    chosen_images,
-    device_of,
-    dtype_of,
-    knows_classes,
-)
+from onmanifold.analysis.quality_images import BATCH, chosen_images, knows_classes
 from onmanifold.attacks.engine import full_float32, untouched
 from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.modules import device_of, dtype_of
 from onmanifold.foundation.randomness import permutation
 
 if TYPE_CHECKING:

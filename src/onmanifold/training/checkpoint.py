@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from onmanifold.foundation.differences import first_difference
 from onmanifold.foundation.errors import CheckpointError
 from onmanifold.foundation.files import write_atomically
 
@@ -76,21 +77,11 @@ class Checkpoint:
         expected = json.loads(json.dumps(identity))
         if self.identity == expected:
             return
-        place, found, wanted = _difference(self.identity, expected)
+        place, found, wanted = first_difference(self.identity, expected)
         raise CheckpointError(
             f"{path} belongs to another training: {place} was {found}, now it is {wanted}. "
             "Choose another directory, or delete this one to start anew."
         )
-
-
-def _difference(found: Any, expected: Any, place: str = "") -> tuple[str, Any, Any]:
-    """Where two pieces of plain data first differ."""
-    if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        for key in sorted({*found, *expected}):
-            before, after = found.get(key, "absent"), expected.get(key, "absent")
-            if before != after:
-                return _difference(before, after, f"{place}.{key}" if place else key)
-    return place, found, expected
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

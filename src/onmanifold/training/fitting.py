@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from onmanifold.data.dataset import Batch
 from onmanifold.foundation.files import write_atomically
+from onmanifold.foundation.modules import device_of, dtype_of
 from onmanifold.foundation.pictures import image_grid
 from onmanifold.manifolds.base import Manifold
 from onmanifold.manifolds.factory import load_manifold, save_manifold
@@ -71,7 +72,7 @@ class Fitting(Task):
         if held_out is None:
             return {}
         manifold = _as_manifold(model).eval()
-        dtype = _dtype_of(manifold)
+        dtype = dtype_of(manifold)
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         for positions in torch.split(share.of(len(held_out)), _BATCH_SIZE):
             images, labels, _, indices = held_out.batch(positions)
@@ -101,11 +102,10 @@ class Fitting(Task):
     ) -> None:
         """A picture of samples, always of the same codes; ten of a class to a column where there are classes."""
         manifold = _as_manifold(model).eval()
-        device = next(manifold.parameters()).device
         classes = getattr(manifold, "num_classes", _COLUMNS)
         columns = min(classes, _COLUMNS)
-        labels = torch.arange(8 * columns, device=device) % columns
-        codes = manifold.sample_codes(labels, _SEED).to(_dtype_of(manifold))
+        labels = torch.arange(8 * columns, device=device_of(manifold)) % columns
+        codes = manifold.sample_codes(labels, _SEED).to(dtype_of(manifold))
         picture = image_grid(manifold.decode(codes).float().cpu(), columns)
         write_atomically(directory / f"epoch-{epoch:04d}.png", picture)
 
@@ -113,9 +113,3 @@ class Fitting(Task):
 def _as_manifold(model: nn.Module) -> Manifold:
     assert isinstance(model, Manifold)
     return model
-
-
-def _dtype_of(manifold: nn.Module) -> torch.dtype:
-    return next(
-        (p.dtype for p in manifold.parameters() if p.is_floating_point()), torch.get_default_dtype()
-    )

@@ -11,6 +11,7 @@ from torch import nn
 
 from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import Precision
+from onmanifold.foundation.modules import dtype_of
 from onmanifold.training.task import Share
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def validate(
         Both in [0, 1].
     """
     classifier.eval()
-    dtype = next((p.dtype for p in classifier.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(classifier)
     counts = torch.zeros(2, dtype=torch.float64)
     for positions in torch.split(share.of(len(dataset)), _BATCH_SIZE):
         images, labels, codes, indices = dataset.batch(positions)

@@ -137,9 +137,9 @@ def interleave_rows(theirs: nn.Conv2d, coupling: Coupling) -> None:
 
 @functools.cache
 def subjects(setting: str, device: str) -> tuple[Glow, nn.Module]:
-    """Glow and its peer with the same weights; a bound on scales of 0 is what the peer has."""
+    """Glow and its peer with the same weights; scales without bounds are what the peer has."""
     levels, width, _ = SETTINGS[setting]
-    glow = moved_weights(our_glow(levels, width, SHAPE, min_scale=0.0))
+    glow = moved_weights(our_glow(levels, width, SHAPE, scale_range=None))
     return glow.to(device), peer_of(glow.cpu()).to(device)
 
 

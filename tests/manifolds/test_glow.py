@@ -12,7 +12,7 @@ from onmanifold.foundation.errors import ConfigError, InputError
 from onmanifold.foundation.registry import FITS
 from onmanifold.manifolds import build_manifold
 from onmanifold.manifolds.glow import Glow
-from onmanifold.manifolds.glow.layers import Mixing, squeeze, unsqueeze
+from onmanifold.manifolds.glow.layers import Mixing, Scaling, squeeze, unsqueeze
 from onmanifold.threats import LatentBall
 from onmanifold.training.fits import FitStep
 from onmanifold.training.fits.glow import GlowFit
@@ -50,7 +50,8 @@ SHAPES = {
     "channel": ((3, 8, 8), {"prior": "channel", "levels": 3}),
     "padded": ((1, 6, 9), {"prior": "learned"}),
     "one level": ((1, 4, 4), {"levels": 1}),
-    "no bound": ((1, 4, 4), {"min_scale": 0.0}),
+    "no bound": ((1, 4, 4), {"scale_range": None}),
+    "wide": ((1, 4, 4), {"scale_range": (0.3, 9.0)}),
 }
 
 
@@ -119,9 +120,9 @@ def test_codes_come_back(glow):
 
 
 @pytest.mark.parametrize("prior", ["learned", "channel"])
-@pytest.mark.parametrize("min_scale", [0.0, 0.5])
-def test_the_log_likelihood_has_the_jacobian_of_autograd(prior, min_scale):
-    glow = make((3, 4, 4), prior=prior, min_scale=min_scale)
+@pytest.mark.parametrize("scale_range", [None, (0.5, 4.0)])
+def test_the_log_likelihood_has_the_jacobian_of_autograd(prior, scale_range):
+    glow = make((3, 4, 4), prior=prior, scale_range=scale_range)
     images = draw(glow.image_shape, 3)
     expected = []
     for image in images:
@@ -238,7 +239,7 @@ def test_the_attack_path_decodes_as_the_plain_one_does(glow):
 
 
 def test_the_plain_path_differentiates_twice_and_the_fast_one_refuses():
-    glow = make((1, 4, 4), steps=1, min_scale=0.0)
+    glow = make((1, 4, 4), steps=1, scale_range=None)
     codes = glow.encode(0.3 + 0.4 * draw(glow.image_shape, 1), LABELS[:1]).detach().requires_grad_()
     assert torch.autograd.gradgradcheck(glow.decode, (codes,), fast_mode=True)
     first = torch.autograd.grad(glow.chart(codes).decode(codes).sum(), codes, create_graph=True)[0]
@@ -288,15 +289,24 @@ def test_draws_are_the_models_own():
     torch.testing.assert_close(images.T.cov(), matrix @ matrix.T, rtol=0.1, atol=0.01)
 
 
-def test_the_scale_stays_above_its_bound():
-    glow = make(min_scale=0.3)
+def test_scales_stay_within_their_bounds():
+    glow = make(scale_range=(0.3, 2.5))
     coupling = glow.frozen(torch.float64).levels[0].steps[0].coupling
     far = 1e4 * torch.randn(2, 8, 4, 4).double()
     _, scale, _ = coupling.change(far)
-    assert scale.min() >= 0.3
-    assert scale.max() <= 1
+    assert 0.3 - 1e-9 <= scale.min() < 0.301
+    assert 2.499 < scale.max() <= 2.5 + 1e-9
     codes = 1e3 * torch.randn(3, glow.code_size).double()
     assert glow.frozen(torch.float64).decode(codes).isfinite().all()
+
+
+@pytest.mark.parametrize("bounds", [(0.7, 2.0), (0.1, 1.5), (0.3, 9.0)])
+def test_a_bounded_scale_starts_as_the_exponential_function(bounds):
+    raw = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    scale, log_scale = Scaling(bounds)(raw)
+    torch.testing.assert_close(scale, torch.ones_like(scale))
+    torch.testing.assert_close(scale.log(), log_scale)
+    torch.testing.assert_close(torch.autograd.grad(log_scale, raw)[0], torch.ones_like(raw))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +315,8 @@ def test_the_scale_stays_above_its_bound():
         ({"levels": 0}, "levels: expected at least 1"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"width": 0}, "width: expected at least 1"),
-        ({"min_scale": 1.0}, r"min_scale: expected a number in \[0, 1\)"),
+        ({"scale_range": (0.0, 2.0)}, r"scale_range: expected \(low, high\) with 0 < low"),
+        ({"scale_range": (0.5, 1.0)}, r"scale_range: expected \(low, high\) with 0 < low"),
         ({"prior": "uniform"}, "prior"),
     ],
 )

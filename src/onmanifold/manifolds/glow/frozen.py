@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from onmanifold.manifolds.glow.layers import HIGHEST, LOWEST, Level, Step, squeeze, unsqueeze
+from onmanifold.manifolds.glow.layers import (
+    HIGHEST,
+    LOWEST,
+    Level,
+    Scaling,
+    Step,
+    squeeze,
+    unsqueeze,
+)
 
 # Pixels v of an image are modelled as u = (255 v + 0.5) / 256 − 0.5: the middle of their bin, around 0.
 PIXEL_SCALE, PIXEL_OFFSET = 255 / 256, -0.5 * 255 / 256
@@ -26,14 +34,14 @@ Tape = list[tuple[Tensor, ...]]
 class FrozenCoupling:
     """The three convolutions of a coupling, and their transposes.
 
-    The last one's first half is the negated shift, so that going back adds it; the transposes hold the signs and
-    factors that the gradient needs.
+    The last one's first half is the negated shift, so that going back adds it; its second half is what the sigmoid
+    takes. The transposes hold the signs and factors that the gradient needs.
     """
 
     weights: tuple[Tensor, Tensor, Tensor]
     biases: tuple[Tensor, Tensor, Tensor]
     transposed: tuple[Tensor, Tensor, Tensor]
-    least: Tensor
+    scaling: Scaling
 
     def hidden(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The activations after the first and after the second convolution."""
@@ -46,8 +54,7 @@ class FrozenCoupling:
         half = change.shape[1] // 2
         # Of all channels, since half of them lie scattered in memory.
         sigmoid = change.sigmoid()[:, half:]
-        scale = torch.add(self.least, sigmoid, alpha=1 - float(self.least))
-        return change[:, :half], scale, sigmoid
+        return change[:, :half], self.scaling.of_sigmoid(sigmoid), sigmoid
 
 
 @dataclass(frozen=True)
@@ -111,11 +118,12 @@ class FrozenStep:
         kept, moved = gradient[:, :half], gradient[:, half:]
         change = torch.empty_like(gradient)
         change[:, :half] = moved
+        # Of moved / scale; the factor −span is in the transposed weights.
+        bounded = self.coupling.scaling.bounds is not None
+        to_log_scale = moved * scaled if bounded else None
         moved.div_(scale)
-        # The factor −(1 − least) is in the transposed weights.
-        torch.ops.aten.sigmoid_backward.grad_input(
-            moved * scaled, sigmoid, grad_input=change[:, half:]
-        )
+        to_sigmoid = moved * scaled if to_log_scale is None else to_log_scale
+        torch.ops.aten.sigmoid_backward.grad_input(to_sigmoid, sigmoid, grad_input=change[:, half:])
         inner = functional.conv2d(change, self.coupling.transposed[2], padding=1)
         _mask_(inner, second)
         inner = functional.conv2d(inner, self.coupling.transposed[1])
@@ -319,15 +327,16 @@ def _freeze_step(step: Step, dtype: torch.dtype, pixels: bool) -> FrozenStep:
 
 def _freeze_coupling(step: Step, dtype: torch.dtype) -> FrozenCoupling:
     coupling = step.coupling
-    half, least = coupling.first.in_channels, coupling.min_scale
+    half, scaling = coupling.first.in_channels, coupling.scaling
     convolutions = (coupling.first, coupling.middle, coupling.last)
     weights = [layer.weight.detach().to(dtype) for layer in convolutions]
     biases = [_bias(layer).to(dtype) for layer in convolutions]
-    signs = torch.ones_like(biases[2])
-    signs[:half] = -1
-    weights[2], biases[2] = weights[2] * signs.view(-1, 1, 1, 1), biases[2] * signs
-    factors = torch.ones_like(signs)
-    factors[half:] = least - 1
+    inside = torch.full_like(biases[2], scaling.steepness)
+    inside[:half] = -1
+    weights[2], biases[2] = weights[2] * inside.view(-1, 1, 1, 1), biases[2] * inside
+    biases[2][half:] += scaling.offset
+    factors = torch.full_like(inside, -scaling.span)
+    factors[:half] = 1
     transposed = [
         _transposed(weight) for weight in (*weights[:2], weights[2] * factors.view(-1, 1, 1, 1))
     ]
@@ -335,7 +344,7 @@ def _freeze_coupling(step: Step, dtype: torch.dtype) -> FrozenCoupling:
         (_packed(weights[0]), _packed(weights[1]), _packed(weights[2])),
         (biases[0], biases[1], biases[2]),
         (transposed[0], transposed[1], transposed[2]),
-        torch.tensor(least, dtype=dtype, device=weights[0].device),
+        scaling,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -83,20 +85,75 @@ class Mixing(nn.Module):
         self.log_scale.copy_(-values.std(1, correction=0).clamp(min=_LEAST_SPREAD).log())
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """How a coupling's third convolution becomes a scale.
+
+    Bounded, log scale = log low + log(high / low) · sigmoid(steepness · raw + offset): between the bounds, and at
+    raw = 0 the scale is 1 and grows like exp(raw). Without bounds, scale = sigmoid(raw), raw starting at 2: the
+    form of the released code.
+
+    Attributes:
+        bounds: (low, high) with 0 < low < 1 < high; None: the sigmoid.
+    """
+
+    bounds: tuple[float, float] | None
+
+    @property
+    def start(self) -> float:
+        """Where the bias of raw starts."""
+        return 2.0 if self.bounds is None else 0.0
+
+    @property
+    def lowest(self) -> float:
+        """log low; 0 for the sigmoid."""
+        return 0.0 if self.bounds is None else math.log(self.bounds[0])
+
+    @property
+    def span(self) -> float:
+        """log(high / low); 1 for the sigmoid."""
+        return 1.0 if self.bounds is None else math.log(self.bounds[1] / self.bounds[0])
+
+    @property
+    def steepness(self) -> float:
+        """What raw is multiplied by inside the sigmoid."""
+        if self.bounds is None:
+            return 1.0
+        share = -self.lowest / self.span
+        return 1 / (self.span * share * (1 - share))
+
+    @property
+    def offset(self) -> float:
+        """What is added to it."""
+        if self.bounds is None:
+            return 0.0
+        return math.log(-self.lowest / (self.span + self.lowest))
+
+    def of_sigmoid(self, sigmoid: Tensor) -> Tensor:
+        """The scale, given the sigmoid in it."""
+        return sigmoid if self.bounds is None else (sigmoid * self.span + self.lowest).exp_()
+
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and log scale, each of the shape of ``raw``."""
+        if self.bounds is None:
+            return raw.sigmoid(), functional.logsigmoid(raw)
+        log_scale = self.lowest + self.span * (self.offset + self.steepness * raw).sigmoid()
+        return log_scale.exp(), log_scale
+
+
 class Coupling(nn.Module):
     """The affine coupling: the first half of the channels says how the second is shifted and scaled.
 
-    y2 = (x2 + shift) · scale, scale = m + (1 − m) · sigmoid(raw), where three convolutions make of the first half
-    first all shifts, then all raw. (Released code interleaves them, and adds 2 to raw, which here is where its
-    bias starts: the same functions.)
+    y2 = (x2 + shift) · scale(raw), where three convolutions make of the first half first all shifts, then all raw.
+    (Released code interleaves them: the same functions.)
 
     Args:
         channels: C, even.
         width: Channels between the convolutions.
-        min_scale: m, in [0, 1): the scale stays above it, so that the way back is bounded.
+        scaling: From raw to scale.
     """
 
-    def __init__(self, channels: int, width: int, min_scale: float) -> None:
+    def __init__(self, channels: int, width: int, scaling: Scaling) -> None:
         super().__init__()
         half = channels // 2
         self.first = nn.Conv2d(half, width, 3, padding=1)
@@ -105,32 +162,25 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.last.weight)
         with torch.no_grad():
             assert self.last.bias is not None
-            self.last.bias.copy_(torch.cat([torch.zeros(half), torch.full((half,), 2.0)]))
-        self.min_scale = min_scale
+            self.last.bias.copy_(torch.cat([torch.zeros(half), torch.full((half,), scaling.start)]))
+        self.scaling = scaling
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The coupled (B, C, H, W), and the logarithm of the determinant (B,)."""
         kept, moved = pixels.chunk(2, dim=1)
         hidden = self.middle(self.first(kept).relu_()).relu_()
         shift, raw = self.last(hidden).chunk(2, dim=1)
-        scale = bounded_scale(raw, self.min_scale)
-        coupled = torch.cat([kept, (moved + shift) * scale], dim=1)
-        return coupled, scale.log().sum((1, 2, 3))
-
-
-def bounded_scale(raw: Tensor, least: float) -> Tensor:
-    """A coupling's scale, in (least, 1)."""
-    scale = raw.sigmoid()
-    return scale if least == 0 else least + (1 - least) * scale
+        scale, log_scale = self.scaling(raw)
+        return torch.cat([kept, (moved + shift) * scale], dim=1), log_scale.sum((1, 2, 3))
 
 
 class Step(nn.Module):
     """One step of flow: actnorm, invertible 1×1 convolution, affine coupling."""
 
-    def __init__(self, channels: int, width: int, min_scale: float) -> None:
+    def __init__(self, channels: int, width: int, scaling: Scaling) -> None:
         super().__init__()
         self.mixing = Mixing(channels)
-        self.coupling = Coupling(channels, width, min_scale)
+        self.coupling = Coupling(channels, width, scaling)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) to the same shape, and the logarithm of the determinant (B,)."""
@@ -176,7 +226,7 @@ class Level(nn.Module):
         channels: C of its input.
         steps: Steps of flow.
         width: Of the couplings.
-        min_scale: Of the couplings.
+        scaling: Of the couplings.
         prior: "learned", from the half that stays, or "channel".
         last: Whether it is the coarsest, all of whose channels are latents.
     """
@@ -186,13 +236,13 @@ class Level(nn.Module):
         channels: int,
         steps: int,
         width: int,
-        min_scale: float,
+        scaling: Scaling,
         prior: PriorKind,
         last: bool,
     ) -> None:
         super().__init__()
         inside = 4 * channels
-        self.steps = nn.ModuleList(Step(inside, width, min_scale) for _ in range(steps))
+        self.steps = nn.ModuleList(Step(inside, width, scaling) for _ in range(steps))
         self.kept = 0 if last else inside // 2
         self.prior = Prior(
             inside - self.kept, self.kept if prior == "learned" and not last else None

@@ -22,7 +22,7 @@ from onmanifold.manifolds.glow.frozen import (
     join_levels,
     split_levels,
 )
-from onmanifold.manifolds.glow.layers import Level, PriorKind
+from onmanifold.manifolds.glow.layers import Level, PriorKind, Scaling
 from onmanifold.manifolds.learned import LearnedManifold
 
 # A pixel this far outside [0, 1] is there by rounding.
@@ -104,8 +104,9 @@ class Glow(LearnedManifold):
         levels: Number of levels.
         steps: Steps of flow in each.
         width: Channels inside the couplings.
-        min_scale: Lower bound of the couplings' scales, in [0, 1). The way back divides by them: with a bound near
-            0 some images far from the others come back with errors that are thousands of times those of rounding.
+        scale_range: (low, high), the bounds of the couplings' scales, with 0 < low < 1 < high. The way back
+            divides by them: where they may come near 0, some images far from the others come back with errors that
+            are thousands of times those of rounding. None: sigmoid(raw + 2) as in the released code, no bound.
         prior: "learned": a level's latents have mean and scale predicted from what goes on to the next level;
             "channel": mean and scale per channel.
 
@@ -127,7 +128,7 @@ class Glow(LearnedManifold):
         levels: int = 4,
         steps: int = 8,
         width: int = 512,
-        min_scale: float = 0.5,
+        scale_range: tuple[float, float] | None = (0.7, 2.0),
         prior: PriorKind = "learned",
     ) -> None:
         for name, value in (("levels", levels), ("steps", steps), ("width", width)):
@@ -135,16 +136,19 @@ class Glow(LearnedManifold):
                 raise InputError(f"{name}: expected at least 1, found {value}.")
         if prior not in get_args(PriorKind):
             raise InputError(f"prior: expected 'learned' or 'channel', found {prior!r}.")
-        if not 0 <= min_scale < 1:
-            raise InputError(f"min_scale: expected a number in [0, 1), found {min_scale}.")
+        if scale_range is not None and not 0 < scale_range[0] < 1 < scale_range[1] < math.inf:
+            raise InputError(
+                f"scale_range: expected (low, high) with 0 < low < 1 < high, or None, found {scale_range}."
+            )
         channels, unit = image_shape[0], 2**levels
         canvas = (channels, *(-(-side // unit) * unit for side in image_shape[1:]))
         super().__init__(image_shape, num_classes, latent_size=math.prod(canvas))
         self.canvas_shape = canvas
         self.flow = nn.ModuleList()
+        scaling = Scaling(scale_range)
         shapes = []
         for number in range(1, levels + 1):
-            level = Level(channels, steps, width, min_scale, prior, last=number == levels)
+            level = Level(channels, steps, width, scaling, prior, last=number == levels)
             self.flow.append(level)
             side = 2**number
             shapes.append((4 * channels - level.kept, canvas[1] // side, canvas[2] // side))

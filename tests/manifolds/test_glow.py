@@ -12,7 +12,7 @@ from onmanifold.foundation.errors import ConfigError, InputError
 from onmanifold.foundation.registry import FITS
 from onmanifold.manifolds import build_manifold
 from onmanifold.manifolds.glow import Glow
-from onmanifold.manifolds.glow.layers import Mixing, Scaling, squeeze, unsqueeze
+from onmanifold.manifolds.glow.layers import Coupling, Mixing, Scaling, squeeze, unsqueeze
 from onmanifold.threats import LatentBall
 from onmanifold.training.fits import FitStep
 from onmanifold.training.fits.glow import GlowFit
@@ -86,6 +86,40 @@ def test_mixing_starts_as_a_rotation_and_normalises():
     torch.testing.assert_close(values.square().mean(), torch.tensor(1.0).double())
     matrix, _ = mixing.affine(torch.float64)
     torch.testing.assert_close(per_pixel, torch.linalg.slogdet(matrix)[1])
+
+
+@pytest.mark.parametrize("bounds", [None, (0.6, 3.0)])
+def test_the_couplings_gradient_is_that_of_its_formula(bounds):
+    torch.manual_seed(0)
+    coupling = Coupling(6, 5, Scaling(bounds)).double()
+    nn.init.normal_(coupling.last.weight, std=0.2)
+    pixels = torch.randn(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
+    coupled, determinant = coupling(pixels)
+    kept, moved = pixels[:, :3], pixels[:, 3:]
+    change = coupling.last(coupling.middle(coupling.first(kept).relu()).relu())
+    if bounds is None:
+        scale = change[:, 3:].sigmoid()
+    else:
+        low, high = map(math.log, bounds)
+        share = -low / (high - low)
+        steep = 1 / ((high - low) * share * (1 - share))
+        inside = steep * change[:, 3:] + math.log(share / (1 - share))
+        scale = torch.exp(low + (high - low) * inside.sigmoid())
+    expected = torch.cat([kept, (moved + change[:, :3]) * scale], dim=1)
+    torch.testing.assert_close(coupled, expected)
+    torch.testing.assert_close(determinant, scale.log().sum((1, 2, 3)))
+    with torch.no_grad():
+        for found, wanted in zip(coupling(pixels), (coupled, determinant), strict=True):
+            torch.testing.assert_close(found, wanted)
+    weights, variables = torch.randn_like(coupled), [pixels, *coupling.parameters()]
+    found = torch.autograd.grad(
+        (coupled * weights).sum() + (determinant * determinant).sum(), variables
+    )
+    wanted = torch.autograd.grad(
+        (expected * weights).sum() + scale.log().sum((1, 2, 3)).square().sum(), variables
+    )
+    for mine, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, plain)
 
 
 def test_a_channel_that_never_varies_stays_finite():

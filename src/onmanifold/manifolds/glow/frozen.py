@@ -20,6 +20,7 @@ from onmanifold.manifolds.glow.layers import (
     Level,
     Scaling,
     Step,
+    mask_,
     squeeze,
     unsqueeze,
 )
@@ -125,16 +126,11 @@ class FrozenStep:
         to_sigmoid = moved * scaled if to_log_scale is None else to_log_scale
         torch.ops.aten.sigmoid_backward.grad_input(to_sigmoid, sigmoid, grad_input=change[:, half:])
         inner = functional.conv2d(change, self.coupling.transposed[2], padding=1)
-        _mask_(inner, second)
+        mask_(inner, second)
         inner = functional.conv2d(inner, self.coupling.transposed[1])
-        _mask_(inner, first)
+        mask_(inner, first)
         kept.add_(functional.conv2d(inner, self.coupling.transposed[0], padding=1))
         return gradient
-
-
-def _mask_(gradient: Tensor, activations: Tensor) -> None:
-    """The gradient before a ReLU in place of that after it: another large tensor would take twice the time."""
-    torch.ops.aten.threshold_backward.grad_input(gradient, activations, 0, grad_input=gradient)
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,6 @@ def test_experiment_files_name_the_nearest_valid_key(registry, spec, message):
 
 def test_divergence_to_the_clean_prediction_needs_another_start():
     # There its gradient is zero: the sign of rounding errors would make the step.
-    with pytest.raises(InputError, match=r"start: .* expected 'uniform' or 'distance'"):
+    with pytest.raises(InputError, match=r"start: .* expected 'nearby', 'uniform' or 'distance'"):
         FGSM(ImageBall(), objective=KullbackLeibler())
     assert FGSM(ImageBall(), objective=KullbackLeibler(), start="uniform").start == "uniform"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +63,18 @@ class BoundObjective:
         """The objective of one turn."""
         return self
 
+    def softened(self, soft_labels: Tensor) -> BoundObjective:
+        """The objective for labels that are distributions over classes (B, K), such as those of mixed images.
+
+        Raises:
+            InputError: The objective knows nothing but hard labels.
+        """
+        if not self.objective.takes_soft_labels:
+            raise InputError(
+                f"objective: {type(self.objective).__name__} takes no soft labels; expected 'ce' or 'kl'."
+            )
+        return replace(self, extra={**self.extra, "soft_labels": soft_labels})
+
     def keep(self, mask: Tensor) -> BoundObjective:
         """The objective on the selected samples."""
         extra = {name: tensor[mask] for name, tensor in self.extra.items()}
@@ -70,9 +82,14 @@ class BoundObjective:
 
 
 class Objective(Component, ABC):
-    """What is maximised; per sample, so that no sample's result depends on another's."""
+    """What is maximised; per sample, so that no sample's result depends on another's.
+
+    Attributes:
+        takes_soft_labels: Whether `value` makes use of, or needs no more than, ``soft_labels`` (B, K).
+    """
 
     registry = OBJECTIVES
+    takes_soft_labels: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
@@ -109,9 +126,12 @@ class CrossEntropy(Objective):
     tensor([0.6931])
     """
 
+    takes_soft_labels: ClassVar[bool] = True
+
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
-        """The value −log p_y, (B,)."""
-        return functional.cross_entropy(logits, labels, reduction="none")
+        """The value −log p_y, (B,); of soft labels t, −Σ t_k log p_k."""
+        wanted = extra.get("soft_labels", labels)
+        return functional.cross_entropy(logits, wanted, reduction="none")
 
 
 @OBJECTIVES.register("margin")
@@ -145,6 +165,8 @@ class Margin(Objective):
 @dataclass(frozen=True)
 class KullbackLeibler(Objective):
     """KL(p(clean) ‖ p(perturbed)), as TRADES maximises it; the labels play no part."""
+
+    takes_soft_labels: ClassVar[bool] = True
 
     def extra(self, network: Network, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The clean log-probabilities (B, K)."""

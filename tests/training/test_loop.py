@@ -144,7 +144,7 @@ def record(dataset, network, **fields):
     method = Recording()
     config = TrainingConfig(**{"threads": 1, "validation_fraction": 0.0, **fields})
     fabric = Fabric(accelerator="cpu", devices=1)
-    task = Classification(method, network, config)
+    task = Classification(method, network, config, torch.zeros(1, 1, 8, 8))
     training = Training(task, dataset, config, 0, None, fabric)
     training.run(lambda epoch, step, loss: None, lambda entry: None)
     return method.steps

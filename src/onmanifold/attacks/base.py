@@ -232,6 +232,7 @@ class Attack(Component, ABC):
         seed: int = 0,
         indices: Tensor | None = None,
         engine: Engine | None = None,
+        soft_labels: Tensor | None = None,
     ) -> Tensor:
         """Adversarial images for training: the same search without checks, verification and statistics.
 
@@ -243,15 +244,21 @@ class Attack(Component, ABC):
             seed: Of the random starts.
             indices: (B,) int64 or None.
             engine: In place of the attack's own.
+            soft_labels: (B, K) distributions over classes, which the objective takes in place of the labels.
 
         Returns:
             (B, C, H, W), detached.
+
+        Raises:
+            InputError: Soft labels for an objective that takes none.
         """
         indices = self._indices(images, indices)
         with frozen(model, images, engine or self.engine, seed=seed, check=False) as network:
             with torch.no_grad():
                 region = self.threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, None)
+            if soft_labels is not None:
+                objective = objective.softened(soft_labels)
             found = self._searched(
                 Search(region, objective, network, images, seed, indices, success_first=False)
             )

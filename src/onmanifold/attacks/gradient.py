@@ -25,7 +25,8 @@ class GradientAttack(RestartedAttack, ABC):
             and the point with the largest objective is kept; outside training a success before all else.
         restarts: Number of searches from different starts; the best point over all is kept.
         start: Where a search starts: "zero", "uniform" in the ball's volume, or "distance", uniform over
-            distance and direction (Disentangling eq. 19), or "surface", at distance ``radius``.
+            distance and direction (Disentangling eq. 19), "surface", at distance ``radius``, or "nearby",
+            0.001 times a Gaussian point (TRADES, MART).
         passes: Of a random model, over how many forward and backward passes each gradient is averaged
             (expectation over transformation, Athalye et al. 2018).
     """
@@ -41,7 +42,7 @@ class GradientAttack(RestartedAttack, ABC):
         if isinstance(self.objective, KullbackLeibler) and self.start == "zero":
             raise InputError(
                 "start: the divergence to the clean prediction has no gradient at the clean image; "
-                "expected 'uniform' or 'distance', found 'zero'."
+                "expected 'nearby', 'uniform' or 'distance', found 'zero'."
             )
         if self.passes < 1:
             raise InputError(f"passes: expected at least 1, found {self.passes}.")

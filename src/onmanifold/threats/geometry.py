@@ -13,7 +13,10 @@ from torch import Tensor
 from onmanifold.foundation import randomness
 
 Norm = Literal["linf", "l2", "l1"]
-Start = Literal["zero", "uniform", "distance", "surface"]
+Start = Literal["zero", "uniform", "distance", "surface", "nearby"]
+
+# The standard deviation of the start "nearby": that of TRADES and MART, in their code.
+_NEARBY = 0.001
 
 # Share of the coordinates among which an l1 step is spread (Tramèr and Boneh 2019, arXiv:1904.13000).
 _L1_SHARE = 0.01
@@ -183,7 +186,8 @@ def random_points(
         radius: (B,).
         start: "uniform": uniform in the ball's volume; "distance": distance uniform in [0, radius] and
             direction that of a Gaussian (Disentangling eq. 19); "zero": the centre; "surface": as APGD
-            starts, at the largest distance (for l1 a Gaussian point, to be projected on the ball).
+            starts, at the largest distance (for l1 a Gaussian point, to be projected on the ball);
+            "nearby": 0.001 times a Gaussian point, as TRADES and MART start, to be projected on the ball.
         seed: With ``indices`` (B,) and ``stream`` determines the point, for any batch and device.
         indices: (B,) int64.
         stream: Names the variable and the restart.
@@ -198,6 +202,9 @@ def random_points(
     if start == "surface" and norm == "linf":
         draw = 2.0 * randomness.uniform(seed, indices, (count,), stream=stream, dtype=dtype) - 1.0
         return draw / size(draw, norm).unsqueeze(1) * limit
+    if start == "nearby":
+        point = randomness.normal(seed, indices, (count,), stream=stream, dtype=dtype)
+        return torch.where(limit > 0, _NEARBY * point, 0.0)
     share = randomness.uniform(seed, indices, (1,), stream=stream + "/distance", dtype=dtype)
     if start == "uniform" and norm == "l1":
         # Uniform in the l1 ball: signed exponentials over their sum and one more exponential.

@@ -27,11 +27,15 @@ class Classification(Task):
         method: What loss is taken.
         classifier: Trained in place.
         config: Says how robust accuracy is validated, and the precision of attacks.
+        image: (1, C, H, W), from which a method sees the shapes inside the classifier.
     """
 
-    def __init__(self, method: Method, classifier: nn.Module, config: TrainingConfig) -> None:
-        super().__init__(classifier, {"classifier": classifier})
-        self.method, self.config = method, config
+    def __init__(
+        self, method: Method, classifier: nn.Module, config: TrainingConfig, image: Tensor
+    ) -> None:
+        self.others = method.players(classifier, image)
+        super().__init__(classifier, {"classifier": classifier, **self.others})
+        self.method, self.config, self.rates = method, config, method.rates()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) in the precision of the training, as the default dtype."""
@@ -40,14 +44,14 @@ class Classification(Task):
         return logits.to(torch.get_default_dtype())
 
     def turns(self, batch: Batch, place: Place, record: Record) -> Iterator[Turn]:
-        """The method's loss."""
+        """The method's losses."""
         images, labels, codes, indices = batch
         precision = self.config.attack_precision
         step = Step(
             *(self.forward, self.model, images, labels, codes, indices),
-            *(place.epoch, place.seed, precision),
+            *(place.epoch, place.seed, precision, self.others, (place.share, place.summed)),
         )
-        yield {"classifier": self.method.loss(step)}
+        yield from self.method.turns(step)
         record.add("accuracy", step.correct, step.counted)
 
     def validate(

@@ -203,9 +203,10 @@ class Training:
         )
         number = state.epoch * self.steps + state.step
         total = self.config.epochs * self.steps
-        place = Place(state.epoch, number, total, derive(self.seed, "epoch", state.epoch))
         # Processes add up their gradients; their shares of a batch may differ in size.
         share, loss = len(mine) / len(positions), torch.zeros((), device=self.fabric.device)
+        seed = derive(self.seed, "epoch", state.epoch)
+        place = Place(state.epoch, number, total, seed, share, self._total)
         for turn in self.task.turns(batch, place, self.record):
             self._move(turn, share)
             loss = loss + torch.stack([part.detach() for part in turn.values()]).sum()

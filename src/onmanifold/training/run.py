@@ -113,7 +113,12 @@ def train(
     threads = config.threads
     if threads is None and fabric.device.type == "cpu":
         threads = _suitable_threads(classifier, dataset.image_shape, config.batch_size)
-    task = Classification(method, classifier, config)
+    parameter = next(classifier.parameters())
+    image = torch.zeros(1, *dataset.image_shape, dtype=parameter.dtype, device=parameter.device)
+    with torch.random.fork_rng(devices=[]):
+        # A method's own networks draw their weights from the global generator.
+        torch.default_generator.manual_seed(seed)
+        task = Classification(method, classifier, config, image)
     title = method.registered_name or type(method).__name__
     options = RunOptions(directory, seed, progress, tensorboard, fabric, threads, title)
     state, model, best = run_task(task, dataset, config, identity, options)

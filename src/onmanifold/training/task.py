@@ -30,12 +30,16 @@ class Place:
         number: Of the step, from 0, over all epochs.
         total: Number of steps in all.
         seed: Of what is random per sample; another in each epoch.
+        share: Of this process in the step's images.
+        summed: Sums a tensor over the processes.
     """
 
     epoch: int
     number: int
     total: int
     seed: int
+    share: float = 1.0
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 @dataclass

@@ -48,3 +48,19 @@ def test_what_happens_depends_on_seed_epoch_and_index_alone(augmentation):
 def test_a_negative_padding_is_refused():
     with pytest.raises(InputError, match="crop_padding"):
         Augmentation(crop_padding=-1)
+
+
+def test_cutout_is_one_square_cut_at_the_border():
+    images = torch.ones(400, 2, 6, 5)
+    holes = Augmentation(cutout=3)(images, torch.arange(400), seed=0) == 0
+    assert torch.equal(holes[:, 0], holes[:, 1])
+    sizes = set()
+    for hole in holes[:, 0]:
+        rows, columns = (hole.any(side).nonzero().squeeze(1) for side in (1, 0))
+        assert hole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        assert hole.sum() == len(rows) * len(columns)
+        sizes.add((len(rows), len(columns)))
+    # The centre may be any pixel: two or three of its rows and columns are inside.
+    assert sizes == {(2, 2), (2, 3), (3, 2), (3, 3)}
+    with pytest.raises(InputError, match="cutout: expected at least 0"):
+        Augmentation(cutout=-1)

@@ -106,6 +106,15 @@ class Manifold(nn.Module, ABC):
         """The chart around ``codes``; what does not change during an attack is computed here, once."""
         return Chart(self, codes)
 
+    def chart_of(self, images: Tensor, labels: Tensor) -> Chart:
+        """The chart around the codes of images (B, C, H, W) with labels (B,), in the images' precision.
+
+        Raises:
+            InputError: The codes are not finite.
+        """
+        codes = self.check_codes(self.encode(images, labels), len(images))
+        return self.chart(codes.to(images))
+
     def check_codes(self, codes: Tensor, count: int) -> Tensor:
         """Check for a finite float tensor (count, code_size).
 

@@ -98,10 +98,11 @@ class LatentBall(Threat):
             return self._around(images, labels, codes)
 
     def _around(self, images: Tensor, labels: Tensor, codes: Tensor | None) -> Region:
-        codes = self.manifold.encode(images, labels) if codes is None else codes
-        codes = self.manifold.check_codes(codes, len(images)).to(images)
-        chart = self.manifold.chart(codes)
-        columns = self._columns(codes.device)
+        if codes is None:
+            chart = self.manifold.chart_of(images, labels)
+        else:
+            chart = self.manifold.chart(self.manifold.check_codes(codes, len(images)).to(images))
+        columns = self._columns(images.device)
         centre = chart.latents if columns is None else chart.latents[:, columns]
         box = self.manifold.box if self.box == "manifold" else self.box
         low, high = (None, None) if box is None else (-box - centre, box - centre)

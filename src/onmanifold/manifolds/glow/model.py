@@ -178,11 +178,7 @@ class Glow(LearnedManifold):
         Raises:
             InputError: Images of another shape.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise InputError(
-                f"images: expected (B, {self.image_shape}), found {tuple(images.shape)}."
-            )
-        return self.frozen(images.dtype).encode(self.pad(images))
+        return self.chart_of(images, labels).latents
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of codes; differentiable in any way. A chart's `decode` is faster."""
@@ -191,6 +187,15 @@ class Glow(LearnedManifold):
     def chart(self, codes: Tensor) -> Chart:
         """The chart around ``codes``, for attacks; it holds while the weights stay as they are."""
         return GlowChart(self, codes, self.frozen(codes.dtype))
+
+    def chart_of(self, images: Tensor, labels: Tensor) -> Chart:
+        """The chart around the codes of images, the weights folded once for both ways."""
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(
+                f"images: expected (B, {self.image_shape}), found {tuple(images.shape)}."
+            )
+        frozen = self.frozen(images.dtype)
+        return GlowChart(self, frozen.encode(self.pad(images)), frozen)
 
     def frozen(self, dtype: torch.dtype) -> FrozenGlow:
         """The flow as it is now with all that attacks need computed, in the given precision."""

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 
-from onmanifold.experiments.spec import apply_overrides, load_experiment
+from onmanifold.experiments.spec import apply_overrides, load_experiment, read_yaml
 from onmanifold.foundation.errors import ConfigError, DataError
 
 MINIMAL = {
@@ -165,3 +165,12 @@ def test_overrides_that_cannot_be(override, message):
 def test_misspelt_override_is_refused():
     with pytest.raises(ConfigError, match="Did you mean 'training'"):
         load_experiment(MINIMAL, ["trainig.epochs=3"])
+
+
+def test_what_a_merge_brings_may_be_said_anew(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &base {type: pgd, steps: 5}\nb: {<<: *base, steps: 7}\n")
+    assert read_yaml(path)["b"] == {"type": "pgd", "steps": 7}
+    path.write_text("a: &base {type: pgd}\nb: {<<: *base, steps: 7, steps: 8}\n")
+    with pytest.raises(ConfigError, match="the key 'steps' stands twice"):
+        read_yaml(path)

@@ -87,6 +87,30 @@ def prepare(experiment: Experiment) -> Setup:
     """
     DATASETS.get(experiment.dataset.type)
     manifold = _manifold(experiment)
+    methods, attacks, training = build_parts(experiment, manifold)
+    train, test = (load_split(experiment.dataset, split) for split in ("train", "test"))
+    if (train.image_shape, train.classes) != (test.image_shape, test.classes):
+        raise ConfigError("dataset: training and test images differ in shape or classes.")
+    setup = Setup(experiment, train, test, manifold, methods, attacks, training)
+    try:
+        setup.classifier(experiment.seeds[0])
+    except ConfigError as error:
+        raise ConfigError(f"classifier: {error}") from error
+    return setup
+
+
+def build_parts(
+    experiment: Experiment, manifold: Manifold | None
+) -> tuple[dict[str, Method], dict[str, Attack], TrainingConfig]:
+    """The methods, the attacks, and how trainings are run: what needs no data.
+
+    Args:
+        experiment: The specification.
+        manifold: What latent threat models refer to.
+
+    Raises:
+        ConfigError: A component's specification is wrong; the message begins with its place in the file.
+    """
     defaults: dict[str, object] = {} if manifold is None else {"manifold": manifold}
     threats = _build_all(THREATS, "threats", experiment.threats, Context({}, defaults))
     context = Context({"threat": threats}, defaults)
@@ -100,15 +124,7 @@ def prepare(experiment: Experiment) -> Setup:
             name: replace(attack, engine=replace(attack.engine, precision=precision))
             for name, attack in attacks.items()
         }
-    train, test = (load_split(experiment.dataset, split) for split in ("train", "test"))
-    if (train.image_shape, train.classes) != (test.image_shape, test.classes):
-        raise ConfigError("dataset: training and test images differ in shape or classes.")
-    setup = Setup(experiment, train, test, manifold, methods, attacks, training)
-    try:
-        setup.classifier(experiment.seeds[0])
-    except ConfigError as error:
-        raise ConfigError(f"classifier: {error}") from error
-    return setup
+    return methods, attacks, training
 
 
 def _build_all(

@@ -125,6 +125,9 @@ def load_experiment(source: str | Path | Mapped, overrides: Iterable[str] = ()) 
     return parse_experiment(apply_overrides(dict(content), overrides), label)
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that stands twice in one mapping; YAML itself would silently keep the last."""
 
@@ -132,6 +135,9 @@ class _StrictLoader(yaml.SafeLoader):
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen: set[Hashable] = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:
+            # What "<<" brings may be said anew.
+            continue
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.MarkedYAMLError(

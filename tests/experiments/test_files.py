@@ -1,0 +1,29 @@
+"""The experiment files that come with the project say what exists."""
+
+from pathlib import Path
+
+import pytest
+
+from onmanifold.experiments.fits import load_fit
+from onmanifold.experiments.setup import build_parts
+from onmanifold.experiments.spec import load_experiment, read_yaml
+from onmanifold.foundation.registry import CLASSIFIERS, DATASETS, MANIFOLDS
+from onmanifold.manifolds import build_manifold
+
+FILES = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_all_that_a_file_names_can_be_built(path):
+    content = read_yaml(path)
+    if "methods" not in content:
+        assert load_fit(path).manifold["type"] in MANIFOLDS.names()
+        return
+    experiment = load_experiment(path)
+    assert experiment.dataset.type in DATASETS.names()
+    assert experiment.classifier["type"] in CLASSIFIERS.names()
+    stand_in = build_manifold("ppca", 10, (1, 8, 8), seed=0, latent_size=3)
+    methods, attacks, training = build_parts(experiment, stand_in)
+    assert methods.keys() == experiment.methods.keys()
+    assert attacks.keys() == experiment.attacks.keys()
+    assert training.epochs >= 1

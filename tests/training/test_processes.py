@@ -12,7 +12,21 @@ import safetensors.torch
 import torch
 
 import onmanifold as om
-from onmanifold.training import DMAT, AdversarialTraining, Method, TrainingConfig, train
+from onmanifold.training import (
+    DMAT,
+    IAT,
+    IJSAT,
+    MART,
+    TRADES,
+    AdversarialTraining,
+    InputMixup,
+    JointAdversarialTraining,
+    ManifoldMixup,
+    Method,
+    Staged,
+    TrainingConfig,
+    train,
+)
 
 SCRIPT = """
 import importlib.util, json, sys
@@ -74,9 +88,26 @@ def cases(tint):
     image, latent = om.ImageBall(radius=0.05), om.LatentBall(tint, radius=0.2)
     dual = DMAT(om.PGD(image, steps=2), om.PGD(latent, steps=2))
     half = AdversarialTraining(om.PGD(image, steps=2), "half")
+    near = om.PGD(image, steps=2, start="nearby")
+    both = om.PGD(om.JointBall(image, latent), steps=2)
+    alone = {
+        "dual": dual,
+        "half": half,
+        "trades": TRADES(near, latent_attack=replace(near, threat=latent)),
+        "mart": MART(near),
+        "worst": JointAdversarialTraining((om.PGD(image, steps=2), both), "worst"),
+        "staged": Staged(AdversarialTraining(both), epochs=1),
+    }
+    # These mix the samples of a batch, of which each process has its own.
+    mixing = {
+        "mixup": InputMixup(),
+        "hidden": ManifoldMixup(layers=("2",)),
+        "iat": IAT(om.PGD(image, steps=2)),
+        "ijsat": IJSAT(both, concentration=1.0),
+    }
     return {
-        "dual": (dual, False, CONFIG),
-        "half": (half, False, CONFIG),
+        **{name: (method, False, CONFIG) for name, method in alone.items()},
+        **{name: (method, False, STILL) for name, method in mixing.items()},
         "twice": (Twice(), True, STILL),
     }
 
@@ -94,7 +125,7 @@ def two_processes(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["dual", "half"])
+@pytest.mark.parametrize("name", ["dual", "half", "trades", "mart", "worst", "staged"])
 def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_dataset, tint, name):
     """Batches of 24 and 25 images: the shares of the two processes differ in size."""
     method, batch_norm, config = cases(tint)[name]
@@ -110,6 +141,23 @@ def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_d
         for key, value in entry.items():
             if "second" not in key:
                 assert theirs[key] == pytest.approx(value, rel=1e-9), key
+
+
+@pytest.mark.parametrize("name", ["mixup", "hidden", "iat", "ijsat"])
+def test_methods_that_mix_samples_agree_up_to_the_choice_of_partners(
+    two_processes, fresh_network, fresh_dataset, tint, name
+):
+    method, batch_norm, config = cases(tint)[name]
+    dataset = fresh_dataset(count=107, codes=True)
+    losses = [
+        train(method, fresh_network(batch_norm=batch_norm), dataset, config, seed=seed).history[0]
+        for seed in range(6)
+    ]
+    alone = torch.tensor([entry["train_loss"] for entry in losses])
+    line = (two_processes / name / "metrics.jsonl").read_text().splitlines()[0]
+    found = json.loads(line)["train_loss"]
+    assert abs(found - alone.mean()) < 5 * alone.std() + 1e-3
+    assert alone.std() < 0.05
 
 
 def test_batch_norm_statistics_are_averaged(two_processes, fresh_network, fresh_dataset):

@@ -259,6 +259,39 @@ def likeliest_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
     return others.argsort(dim=1, descending=True, stable=True)[:, : min(count, logits.shape[1] - 1)]
 
 
+class AgainstDiscriminator(BoundObjective):
+    """A bound objective that succeeds where a discriminator takes the image for a perturbed one."""
+
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Where the manifold output is positive, (B,) bool."""
+        return logits[:, 0] > 0
+
+
+@OBJECTIVES.register("manifold_loss")
+@dataclass(frozen=True)
+class ManifoldLoss(Objective):
+    """The part of ATLD's manifold loss that depends on the perturbed image: log D(f(x')) (ATLD eq. 12).
+
+    The model is a classifier with a discriminator behind it, such as `Discriminator.behind` makes: its first
+    output is the logit of the probability D that the features are those of a perturbed image. The labels play no
+    part. The other part, log(1 − D(f(x))), is a constant of the ascent.
+
+    >>> ManifoldLoss().value(torch.zeros(1, 4), torch.tensor([0]))
+    tensor([-0.6931])
+    """
+
+    def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
+        """The value log σ(first output), (B,)."""
+        return functional.logsigmoid(logits[:, 0])
+
+    def bind(
+        self, network: Network, images: Tensor, labels: Tensor, targets: Tensor | None = None
+    ) -> BoundObjective:
+        """Tie the objective to a frozen model and a batch."""
+        bound = super().bind(network, images, labels, targets)
+        return AgainstDiscriminator(self, network, labels, bound.extra)
+
+
 Target = Literal["second", "least"]
 
 

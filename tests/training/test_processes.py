@@ -27,6 +27,7 @@ from onmanifold.training import (
     TrainingConfig,
     train,
 )
+from onmanifold.training.methods import ATLD, FeatureScattering
 
 SCRIPT = """
 import importlib.util, json, sys
@@ -88,6 +89,7 @@ def cases(tint):
     image, latent = om.ImageBall(radius=0.05), om.LatentBall(tint, radius=0.2)
     dual = DMAT(om.PGD(image, steps=2), om.PGD(latent, steps=2))
     half = AdversarialTraining(om.PGD(image, steps=2), "half")
+    game = ATLD(om.PGD(image, steps=1), discriminator_features="logits", discriminator_width=8)
     near = om.PGD(image, steps=2, start="nearby")
     both = om.PGD(om.JointBall(image, latent), steps=2)
     alone = {
@@ -96,6 +98,7 @@ def cases(tint):
         "trades": TRADES(near, latent_attack=replace(near, threat=latent)),
         "mart": MART(near),
         "worst": JointAdversarialTraining((om.PGD(image, steps=2), both), "worst"),
+        "atld": game,
         "staged": Staged(AdversarialTraining(both), epochs=1),
     }
     # These mix the samples of a batch, of which each process has its own.
@@ -104,6 +107,7 @@ def cases(tint):
         "hidden": ManifoldMixup(layers=("2",)),
         "iat": IAT(om.PGD(image, steps=2)),
         "ijsat": IJSAT(both, concentration=1.0),
+        "scattering": FeatureScattering(image),
     }
     return {
         **{name: (method, False, CONFIG) for name, method in alone.items()},
@@ -125,7 +129,7 @@ def two_processes(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["dual", "half", "trades", "mart", "worst", "staged"])
+@pytest.mark.parametrize("name", ["dual", "half", "trades", "mart", "worst", "atld", "staged"])
 def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_dataset, tint, name):
     """Batches of 24 and 25 images: the shares of the two processes differ in size."""
     method, batch_norm, config = cases(tint)[name]
@@ -143,7 +147,7 @@ def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_d
                 assert theirs[key] == pytest.approx(value, rel=1e-9), key
 
 
-@pytest.mark.parametrize("name", ["mixup", "hidden", "iat", "ijsat"])
+@pytest.mark.parametrize("name", ["mixup", "hidden", "iat", "ijsat", "scattering"])
 def test_methods_that_mix_samples_agree_up_to_the_choice_of_partners(
     two_processes, fresh_network, fresh_dataset, tint, name
 ):

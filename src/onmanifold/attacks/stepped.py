@@ -97,7 +97,8 @@ def resolve_step_sizes(step_size: StepSize, region: Region, share: float) -> Ste
     return {names[0]: float(step_size)}
 
 
-def _check_steps(steps: int, step_size: StepSize) -> None:
+def check_steps(steps: int, step_size: StepSize) -> None:
+    """Raises InputError unless there is a step, and step sizes are finite numbers of at least 0."""
     if steps < 1:
         raise InputError(f"steps: expected at least 1, found {steps}.")
     sizes = step_size.values() if isinstance(step_size, Mapping) else [step_size]
@@ -121,7 +122,7 @@ class FGSM(SteppedAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(1, self.step_size)
+        check_steps(1, self.step_size)
 
     def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
         """One step."""
@@ -146,7 +147,7 @@ class PGD(SteppedAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(self.steps, self.step_size)
+        check_steps(self.steps, self.step_size)
 
     def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
         """Steps of steepest ascent."""
@@ -171,7 +172,7 @@ class MIA(SteppedAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(self.steps, self.step_size)
+        check_steps(self.steps, self.step_size)
 
     def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
         """Steps along the momentum."""
@@ -199,7 +200,7 @@ class ProjectedAdam(SteppedAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(self.steps, self.step_size)
+        check_steps(self.steps, self.step_size)
 
     def plan(self, region: Region) -> tuple[int, StepSizes, Update]:
         """Steps of Adam."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from onmanifold.classifiers import load_classifier, save_classifier
 from onmanifold.data.dataset import Batch
+from onmanifold.foundation.weights import fill_module, read_module, write_module
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.methods.base import Method, Step
 from onmanifold.training.task import Place, Record, Share, Task, Turn
@@ -76,7 +77,18 @@ class Classification(Task):
         return score
 
     def keep(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the classifier's file, and beside it one for each of the method's own networks, by its name."""
+        for name, part in self.others.items():
+            spec = getattr(part, "spec", None)
+            write_module(name, part, _beside(path, name), spec, metadata)
         save_classifier(model, path, metadata)
 
     def restore(self, path: Path) -> None:
+        for name, part in self.others.items():
+            file = _beside(path, name)
+            fill_module(part, read_module(name, file).weights, file)
         load_classifier(path, self.model)
+
+
+def _beside(path: Path, name: str) -> Path:
+    return path.with_name(f"{name}.safetensors")

@@ -69,7 +69,7 @@ class Training:
         self._take_data(dataset)
         self._take_networks()
         self.state = State()
-        self.best: dict[str, Tensor] | None = None
+        self.best: dict[str, dict[str, Tensor]] | None = None
         self.interruption = Interruption()
         self.saved_at = time.monotonic()
         # Of the steps since the last look, on the device.
@@ -358,7 +358,10 @@ class Training:
 
     def _keep_best(self, entry: Mapping[str, Any]) -> None:
         if self.files is None:
-            self.best = {name: tensor.clone() for name, tensor in self.kept.state_dict().items()}
+            self.best = {
+                name: {key: tensor.clone() for key, tensor in module.state_dict().items()}
+                for name, module in {**self.task.modules, "model": self.kept}.items()
+            }
             return
         best = self.files.best
         metadata = {
@@ -418,14 +421,16 @@ class Training:
         self._together(load, all_act=True)
 
     def result(self) -> nn.Module:
-        """The model with the best weights, in eval mode."""
+        """The model with the best weights, in eval mode; what a task keeps beside it is as it was then too."""
         task = self.task
         if self.files is not None:
             self.fabric.barrier()
             task.restore(self.files.best)
         elif self.best is not None:
-            task.model.load_state_dict(self.best)
+            for name, module in task.modules.items():
+                module.load_state_dict(self.best[name])
         if task.convolutional:
             # As a user expects to find a module; other tools refuse weights in another memory format.
-            task.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            for module in task.modules.values():
+                module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return task.model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,15 @@ class TrainingResult:
             examples_per_second. Accuracies are in [0, 1]; those of training are on the examples trained on.
         best_epoch: The epoch of the best weights, from 1.
         best: The file of the best weights; None where the training had no directory.
+        players: The method's own networks, such as a discriminator, by name, as they were in the best epoch, in
+            eval mode; with a directory each has a file ``<name>.safetensors`` beside ``best``.
     """
 
     classifier: nn.Module
     history: History
     best_epoch: int
     best: Path | None
+    players: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def train(
@@ -122,7 +125,8 @@ def train(
     title = method.registered_name or type(method).__name__
     options = RunOptions(directory, seed, progress, tensorboard, fabric, threads, title)
     state, model, best = run_task(task, dataset, config, identity, options)
-    return TrainingResult(model, state.history, state.best_epoch, best)
+    players = {name: player.eval() for name, player in task.others.items()}
+    return TrainingResult(model, state.history, state.best_epoch, best, players)
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,11 @@ class Task(ABC):
 
     @abstractmethod
     def keep(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
-        """Write the model's file."""
+        """Write the model's file, and what belongs to it beside it."""
 
     @abstractmethod
     def restore(self, path: Path) -> None:
-        """Load the model's weights from its file."""
+        """Load the weights from what `keep` wrote."""
 
     def illustrate(  # noqa: B027 - not every task has some
         self, model: nn.Module, held_out: Dataset | None, directory: Path, epoch: int

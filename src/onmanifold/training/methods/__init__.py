@@ -1,8 +1,11 @@
 """Which examples to train on and which loss to take: one file per family."""
 
 from onmanifold.training.methods.adversarial import AdversarialTraining
+from onmanifold.training.methods.atld import ATLD
 from onmanifold.training.methods.base import Method, Step
 from onmanifold.training.methods.dual_manifold import DMAT
+from onmanifold.training.methods.feature_scattering import FeatureScattering
+from onmanifold.training.methods.label_smoothing import LabelSmoothing
 from onmanifold.training.methods.mixup import IAT, IJSAT, InputMixup, ManifoldMixup
 from onmanifold.training.methods.normal import Normal
 from onmanifold.training.methods.random_perturbation import RandomPerturbationTraining
@@ -10,14 +13,17 @@ from onmanifold.training.methods.several import JointAdversarialTraining, Staged
 from onmanifold.training.methods.trades import MART, TRADES
 
 __all__ = [
+    "ATLD",
     "DMAT",
     "IAT",
     "IJSAT",
     "MART",
     "TRADES",
     "AdversarialTraining",
+    "FeatureScattering",
     "InputMixup",
     "JointAdversarialTraining",
+    "LabelSmoothing",
     "ManifoldMixup",
     "Method",
     "Normal",

@@ -4,6 +4,7 @@ from onmanifold.evaluation.audits import Audit, Finding, audit
 from onmanifold.evaluation.corruptions import CorruptionResult, evaluate_corruptions
 from onmanifold.evaluation.curve import BudgetCurve, budget_curve
 from onmanifold.evaluation.defence_evaluation import evaluate_defence
+from onmanifold.evaluation.defence_imt import IMT
 from onmanifold.evaluation.defence_projection import ManifoldProjection
 from onmanifold.evaluation.defence_result import DefenceEvaluation
 from onmanifold.evaluation.defences import BPDA, Defence, Differentiable, Unrolled, inner_gradient
@@ -26,6 +27,7 @@ from onmanifold.evaluation.unseen import uar, unseen_attacks
 
 __all__ = [
     "BPDA",
+    "IMT",
     "STANDARD",
     "WORST_CASE",
     "Audit",

@@ -163,7 +163,7 @@ class BPDA(nn.Module):
                     f"surrogate: expected {seen.dtype} {tuple(seen.shape)} as from the transformation, found "
                     f"{smooth.dtype} {tuple(smooth.shape)}."
                 )
-            seen = _StraightThrough.apply(seen, smooth)  # type: ignore[no-untyped-call]
+            seen = straight_through(seen, smooth)
         logits: Tensor = self.defence.classifier(seen)
         return logits
 
@@ -201,6 +201,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient
+
+
+def straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
+    """The values of ``exact``, to the last bit, with the gradient of ``smooth``, of the same shape."""
+    values: Tensor = _StraightThrough.apply(exact, smooth)  # type: ignore[no-untyped-call]
+    return values
 
 
 def inner_gradient(

@@ -1,13 +1,13 @@
-"""Prints the tables of docs/concepts/atld.md: ATLD, IMT and feature scattering, as they were reported and honestly.
+"""Prints the tables of docs/concepts/atld.md: ATLD, IMT and feature scattering, as reported and honestly.
 
 Run from the repository's root: ``python docs/figures/atld_evaluation.py``. What is finished is kept in
-``runs/atld_evaluation``, so that a second start goes on where the first one stopped. It takes some twenty minutes on
-one core, and reads Fashion-MNIST.
+``runs/atld_evaluation``, so that a second start goes on where the first one stopped. It takes some twenty minutes
+on one core, and reads Fashion-MNIST.
 
-Four networks, each trained on 10,000 images. Each is attacked as the papers do, by PGD-20 and CW-20 (PGD on the margin),
-and by AutoAttack. IMT and IMT+ are then put before the classifier that ATLD trained: images made for the static
-classifier (the protocol of ATLD's released code), images made for an adversarially trained one (its table of
-black-box attacks), and attacks through the defence. The audit says what it would have said.
+Four networks, each trained on 10,000 images, are attacked as the papers do, by PGD-20 and CW-20 (PGD on the
+margin), and by AutoAttack. IMT and IMT+ are then put before the classifier that ATLD trained: images made for the
+static classifier (the protocol of ATLD's released code), images made for an adversarially trained one (the paper's
+table of black-box attacks), and attacks through the defence. The audit says what it would have said.
 """
 
 from __future__ import annotations

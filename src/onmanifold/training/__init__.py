@@ -3,14 +3,17 @@
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.fits import ClosedForm, Fit, FitStep
 from onmanifold.training.methods import (
+    ATLD,
     DMAT,
     IAT,
     IJSAT,
     MART,
     TRADES,
     AdversarialTraining,
+    FeatureScattering,
     InputMixup,
     JointAdversarialTraining,
+    LabelSmoothing,
     ManifoldMixup,
     Method,
     Normal,
@@ -22,6 +25,7 @@ from onmanifold.training.run import TrainingResult, train
 from onmanifold.training.run_fit import FitResult, fit
 
 __all__ = [
+    "ATLD",
     "DMAT",
     "IAT",
     "IJSAT",
@@ -29,11 +33,13 @@ __all__ = [
     "TRADES",
     "AdversarialTraining",
     "ClosedForm",
+    "FeatureScattering",
     "Fit",
     "FitResult",
     "FitStep",
     "InputMixup",
     "JointAdversarialTraining",
+    "LabelSmoothing",
     "ManifoldMixup",
     "Method",
     "Normal",

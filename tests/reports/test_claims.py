@@ -117,3 +117,20 @@ def test_malformed_claims_say_where(specification, message):
     with pytest.raises(ConfigError, match=message) as caught:
         Claim.parse(specification, "claims.7")
     assert str(caught.value).startswith("claims.7")
+
+
+def test_several_columns_stand_for_their_mean():
+    finding = verdict(lhs=["A", ["standard", "PGD"]], relation="<", rhs=["B", ["standard", "PGD"]])
+    found = finding.findings[0]
+    assert (found.lhs, found.rhs) == (pytest.approx(50), pytest.approx(65))
+    # Per image: A has 1, 1/2 and 0 of two, B as well; the interval is Student's over the images' differences.
+    differences = 50 * (correct(0.8) * 1.0 + correct(0.5)) - 50 * (
+        correct(0.9) * 1.0 + correct(0.1)
+    )
+    half = 1.962 * differences.std(ddof=1) / 1000**0.5
+    assert found.low == pytest.approx(15 - half, abs=0.01)
+    assert found.statement == "A · mean of standard, PGD is below B · mean of standard, PGD"
+    assert finding.claim.cells() == set(OUTCOMES)
+    for wrong in ([], ["PGD", "PGD"]):
+        with pytest.raises(ConfigError, match="expected different columns"):
+            Side.parse(["A", wrong], "p")

@@ -41,9 +41,10 @@ class Side:
 
     @staticmethod
     def parse(value: object, place: str) -> Side:
-        """Read ``[method, column]``, a number, or ``{from: cell, to: cell, share: s}``.
+        """Read ``[method, column]``, ``[method, [column, ...]]``, a number, or ``{from: cell, to: cell, share: s}``.
 
-        The last is the point that lies a share ``s`` of the way from one accuracy to another.
+        Several columns stand for the mean of their accuracies; the last form is the point that lies a share ``s``
+        of the way from one accuracy to another.
 
         Raises:
             ConfigError: Anything else.
@@ -64,6 +65,16 @@ class Side:
             weights[end] = weights.get(end, 0.0) + share
             text = f"{100 * share:.0f} % of the way from {_show(start)} to {_show(end)}"
             return Side(0.0, weights, text)
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == 2
+            and isinstance(value[1], list | tuple)
+        ):
+            cells = [_cell((value[0], column), place) for column in value[1]]
+            if not cells or len(set(cells)) < len(cells):
+                raise ConfigError(f"{place}: expected different columns, found {value[1]!r}.")
+            text = f"{value[0]} · mean of {', '.join(column for _, column in cells)}"
+            return Side(0.0, dict.fromkeys(cells, 1 / len(cells)), text)
         cell = _cell(value, place)
         return Side(0.0, {cell: 1.0}, _show(cell))
 

@@ -41,10 +41,10 @@ class Side:
 
     @staticmethod
     def parse(value: object, place: str) -> Side:
-        """Read ``[method, column]``, ``[method, [column, ...]]``, a number, or ``{from: cell, to: cell, share: s}``.
+        """Read a cell, ``[method, [column, ...]]``, a number, or ``{from: cell, to: cell, share: s}``.
 
-        Several columns stand for the mean of their accuracies; the last form is the point that lies a share ``s``
-        of the way from one accuracy to another.
+        A cell is ``[method, column]``. Several columns stand for the mean of their accuracies; the last form is
+        the point that lies a share ``s`` of the way from one accuracy to another.
 
         Raises:
             ConfigError: Anything else.

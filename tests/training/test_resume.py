@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import onmanifold as om
 from onmanifold.foundation.errors import CheckpointError
-from onmanifold.training import AdversarialTraining, TrainingConfig, train
+from onmanifold.training import AWP, SAM, AdversarialTraining, AdvProp, TrainingConfig, train
 from onmanifold.training.checkpoint import Checkpoint
 from onmanifold.training.loop import Training
 
@@ -148,6 +148,24 @@ def test_ctrl_c_saves_and_ends(network, dataset, tmp_path, monkeypatch, optimize
     assert (progress["epoch"], progress["step"]) == (1, 2)
     train(METHOD, network, dataset, config, directory=tmp_path / "stopped")
     train(METHOD, network, dataset, config, directory=tmp_path / "undisturbed")
+    assert_same_runs(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    "method", [SAM(METHOD, 0.1), AWP(METHOD, 0.05, after_epoch=1), AdvProp(METHOD.attack)]
+)
+def test_methods_that_perturb_weights_or_bring_networks(
+    network, dataset, tmp_path, monkeypatch, method
+):
+    config = replace(CONFIG, checkpoint_minutes=60.0)
+    for number in (3, 5):
+        # In the middle of the first epoch, then in that of the second one.
+        interrupting(monkeypatch, number)
+        with pytest.raises(KeyboardInterrupt):
+            train(method, network, dataset, config, directory=tmp_path / "stopped")
+        monkeypatch.undo()
+    train(method, network, dataset, config, directory=tmp_path / "stopped")
+    train(method, network, dataset, config, directory=tmp_path / "undisturbed")
     assert_same_runs(tmp_path / "stopped", tmp_path / "undisturbed")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -36,3 +37,52 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = True
         for parameter in moving:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def with_tensors(module: nn.Module, tensors: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of some parameters and buffers; then each as it was, also when interrupted.
+
+    What is computed inside the block is differentiable with respect to the tensors put in.
+
+    Args:
+        module: Whose parameters and buffers they are, wherever in it and however often they occur.
+        tensors: What stands in for each.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, own)
+        for part in module.modules()
+        for held in (part._parameters, part._buffers)
+        for name, own in held.items()
+        if own is not None and own in tensors
+    ]
+    try:
+        for held, name, own in places:
+            held[name] = tensors[own]
+        yield
+    finally:
+        for held, name, own in places:
+            held[name] = own
+
+
+@contextmanager
+def with_parts(module: nn.Module, parts: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Other modules in the place of some submodules; then each as it was, also when interrupted.
+
+    Args:
+        module: Whose submodules they are, wherever in it and however often they occur.
+        parts: What stands in for each.
+    """
+    places = [
+        (owner, name, own)
+        for owner in module.modules()
+        for name, own in owner._modules.items()
+        if own is not None and own in parts
+    ]
+    try:
+        for owner, name, own in places:
+            owner._modules[name] = parts[own]
+        yield
+    finally:
+        for owner, name, own in places:
+            owner._modules[name] = own

@@ -4,12 +4,16 @@ from onmanifold.training.config import TrainingConfig
 from onmanifold.training.fits import ClosedForm, Fit, FitStep
 from onmanifold.training.methods import (
     ATLD,
+    AWP,
     DMAT,
     IAT,
     IJSAT,
     MART,
+    SAM,
     TRADES,
+    VAT,
     AdversarialTraining,
+    AdvProp,
     FeatureScattering,
     InputMixup,
     JointAdversarialTraining,
@@ -26,11 +30,15 @@ from onmanifold.training.run_fit import FitResult, fit
 
 __all__ = [
     "ATLD",
+    "AWP",
     "DMAT",
     "IAT",
     "IJSAT",
     "MART",
+    "SAM",
     "TRADES",
+    "VAT",
+    "AdvProp",
     "AdversarialTraining",
     "ClosedForm",
     "FeatureScattering",

@@ -7,6 +7,7 @@ from onmanifold.attacks.carlini_wagner import CarliniWagner
 from onmanifold.attacks.engine import Engine
 from onmanifold.attacks.fab import FAB
 from onmanifold.attacks.gradient import GradientAttack
+from onmanifold.attacks.perceptual import FastLPA
 from onmanifold.attacks.rays import RayS, adbd
 from onmanifold.attacks.square import Square
 from onmanifold.attacks.stepped import FGSM, MIA, PGD, ProjectedAdam, RandomPerturbation
@@ -22,6 +23,7 @@ __all__ = [
     "AutoAttack",
     "CarliniWagner",
     "Engine",
+    "FastLPA",
     "GradientAttack",
     "ProjectedAdam",
     "RandomPerturbation",

@@ -40,7 +40,8 @@ class AutoAttack(Attack):
     - "rand", for random models: APGD-CE and APGD-DLR, each gradient averaged over 20 passes.
 
     On threat models other than `ImageBall` FAB is left out, and Square searches the perturbation variables: a
-    parameter-free attack on the manifold, and on both spaces at once. Success after each member is what the model
+    parameter-free attack on the manifold, and on both spaces at once. In a `PerceptualBall`, which no norm of the
+    variables bounds, Square is left out too. Success after each member is what the model
     itself says of its images. `AttackResult.found_by` and the ledger name the member that fooled it.
 
     Attributes:
@@ -117,7 +118,8 @@ class AutoAttack(Attack):
             "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
             "rand": ("apgd-ce", "apgd-dlr"),
         }[self.version]
-        return {name: makers[name] for name in order if images or not name.startswith("fab")}
+        possible = {"fab": images, "fab-t": images, "square": threat.by_norm}
+        return {name: makers[name] for name in order if possible.get(name, True)}
 
     def bind(
         self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None

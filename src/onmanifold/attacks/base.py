@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, full_float32, probe, untouched
+from onmanifold.attacks.engine import (
+    Engine,
+    FrozenNetwork,
+    frozen,
+    full_float32,
+    probe,
+    untouched,
+    unwrapped,
+)
 from onmanifold.attacks.threads import own_threads
 from onmanifold.foundation.checks import check_images, check_labels
 from onmanifold.foundation.errors import InputError, OnManifoldError
@@ -198,7 +206,8 @@ class Attack(Component, ABC):
             check_labels(targets, len(images), classes, name="targets")
         with frozen(model, images, self.engine, seed=seed) as network:
             with torch.no_grad():
-                region = self.threat.around(_fast_layout(images), labels, codes)
+                threat = self.threat.facing(unwrapped(model), images)
+                region = threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, targets)
             random = is_random(network, images)
             found = self._searched(
@@ -255,7 +264,8 @@ class Attack(Component, ABC):
         indices = self._indices(images, indices)
         with frozen(model, images, engine or self.engine, seed=seed, check=False) as network:
             with torch.no_grad():
-                region = self.threat.around(_fast_layout(images), labels, codes)
+                threat = self.threat.facing(unwrapped(model), images)
+                region = threat.around(_fast_layout(images), labels, codes)
             objective = self.bind(network, images, labels, None)
             if soft_labels is not None:
                 objective = objective.softened(soft_labels)

@@ -22,6 +22,7 @@ from onmanifold.attacks.threads import own_threads, suitable_threads, suitable_w
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.memory import keep_freed_memory
 from onmanifold.foundation.modules import frozen as frozen_module
+from onmanifold.foundation.modules import full_float32 as full_float32
 from onmanifold.foundation.registry import Component
 
 Precision = Literal["32", "bf16"]
@@ -84,22 +85,6 @@ class FrozenNetwork:
             return self._forward(images.to(torch.bfloat16)).to(images.dtype)
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             return self._forward(images).to(images.dtype)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 as written: no autocast, and no TF32, to which GPUs round in convolutions by default."""
-    convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    try:
-        with ExitStack() as stack:
-            for device in devices:
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolution
-        torch.backends.cuda.matmul.allow_tf32 = product
 
 
 @contextmanager

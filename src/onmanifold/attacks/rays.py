@@ -13,7 +13,7 @@ from onmanifold.attacks.engine import FrozenNetwork
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
 from onmanifold.objectives import BoundObjective, Margin
-from onmanifold.threats.base import Ball, Region, Variables
+from onmanifold.threats.base import Ball, Region, Variables, check_by_norm
 from onmanifold.threats.geometry import clip
 from onmanifold.threats.image import ImageRegion
 
@@ -54,6 +54,7 @@ class RayS(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_by_norm(self.threat, "RayS")
         if self.queries < 2:
             raise InputError(f"queries: expected at least 2, found {self.queries}.")
         if not self.tolerance > 0:

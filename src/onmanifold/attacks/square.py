@@ -16,7 +16,7 @@ from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import ATTACKS
 from onmanifold.objectives import Margin, Objective
-from onmanifold.threats.base import Variables
+from onmanifold.threats.base import Variables, check_by_norm
 from onmanifold.threats.image import ImageRegion
 
 # After how many queries of 10 000 the squares become half as large.
@@ -77,6 +77,7 @@ class Square(RestartedAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_by_norm(self.threat, "Square")
         if self.queries < 2:
             raise InputError(f"queries: expected at least 2, found {self.queries}.")
         if not 0 < self.first_share <= 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 def frozen(module: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode, no gradients to parameters; then each as it was, also when interrupted."""
     training = [part for part in module.modules() if part.training]
-    moving = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # What stands in a parameter's place (see `with_tensors`) may be computed, and then it cannot be frozen.
+    moving = [part for part in module.parameters() if part.requires_grad and part.is_leaf]
     try:
         for part in training:
             part.training = False
@@ -37,6 +38,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = True
         for parameter in moving:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 as written: no autocast, and no TF32, to which GPUs round in convolutions by default."""
+    convolution, product = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    try:
+        with ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolution
+        torch.backends.cuda.matmul.allow_tf32 = product
 
 
 @contextmanager

@@ -6,9 +6,11 @@ import copy
 import hashlib
 import importlib
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,8 @@ Network = Literal["alex", "vgg", "squeeze"]
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus, nn.Mish)
 # Below this length a channel vector is no direction but rounding; it keeps the gradient finite at zero.
 _SHORTEST = 1e-4
+# Hooks see the passes of all threads.
+_ONE_PASS = threading.Lock()
 # Below 31 pixels AlexNet's poolings leave nothing.
 _LPIPS_SIDE = 64
 
@@ -121,13 +125,19 @@ class FeatureDistance(PerceptualDistance):
         self.layers = tuple(layers)
         _check_layers(network, self.layers)
         self._networks = {(first.dtype, first.device): network}
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        # When it is asked for: training makes a distance of its own network in each step.
+        network = next(iter(self._networks.values()))
         text = f"{weights_digest(network)} {self.layers} {network}"
-        self.fingerprint = f"features-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
+        return f"features-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
 
     def describe(self, images: Tensor) -> Tensor:
-        network = self._network_for(images)
-        with _recorded(network, self.layers) as outputs:
-            network(images)
+        with _ONE_PASS:
+            network = self._network_for(images)
+            with _recorded(network, self.layers) as outputs:
+                network(images)
         missing = [name for name in self.layers if name not in outputs]
         if missing:
             raise InputError(f"layers: {missing[0]!r} gave no output tensor.")

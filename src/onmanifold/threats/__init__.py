@@ -8,6 +8,7 @@ from onmanifold.threats.image import ImageBall
 from onmanifold.threats.joint import JointBall
 from onmanifold.threats.jpeg import JPEG
 from onmanifold.threats.latent import LatentBall
+from onmanifold.threats.perceptual import PerceptualBall
 from onmanifold.threats.snow import Snow
 from onmanifold.threats.transformation import TransformationBall
 
@@ -20,6 +21,7 @@ __all__ = [
     "ImageBall",
     "JointBall",
     "LatentBall",
+    "PerceptualBall",
     "Region",
     "Snow",
     "Threat",

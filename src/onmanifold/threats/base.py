@@ -6,9 +6,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import THREATS, Component
@@ -125,6 +126,14 @@ class Ball:
         return replace(self, radius=self.radius[mask], low=low, high=high)
 
 
+def check_by_norm(threat: Threat, attack: str) -> None:
+    """Raises InputError unless a norm bounds each variable of the threat model."""
+    if not threat.by_norm:
+        raise InputError(
+            f"threat: {attack} needs variables that a norm bounds, not so in {type(threat).__name__}."
+        )
+
+
 class Region(ABC):
     """A threat model around a batch: all that an attack works in.
 
@@ -178,9 +187,23 @@ class Region(ABC):
 
 
 class Threat(Component, ABC):
-    """A specification of what the adversary may change, and how much."""
+    """A specification of what the adversary may change, and how much.
+
+    Attributes:
+        by_norm: Whether a norm bounds each variable; some attacks need it.
+    """
 
     registry = THREATS
+    by_norm: ClassVar[bool] = True
+
+    def facing(self, model: nn.Module, images: Tensor) -> Threat:
+        """The threat model where this model is attacked: itself, unless what may change depends on the model.
+
+        Args:
+            model: What is attacked.
+            images: (B, C, H, W) that it takes.
+        """
+        return self
 
     @abstractmethod
     def around(self, images: Tensor, labels: Tensor, codes: Tensor | None = None) -> Region:

@@ -95,17 +95,12 @@ class WeightPerturbation(Method, ABC):
         gradients = step.gradients(loss, parameters)
         # Where buffers stand, copies do: what the second pass does to them is lost.
         stand_ins = {buffer: buffer.clone() for buffer in step.classifier.buffers()}
-        if self.active(step):
-            with torch.no_grad():
-                changes = self.perturbation(parameters, gradients)
-            pairs = zip(parameters, changes, strict=True)
-            stand_ins |= {parameter: parameter + change for parameter, change in pairs}
+        with torch.no_grad():
+            changes = self.perturbation(parameters, gradients)
+        pairs = zip(parameters, changes, strict=True)
+        stand_ins |= {parameter: parameter + change for parameter, change in pairs}
         with with_tensors(step.classifier, stand_ins):
             return {"classifier": self.method.loss(step.again())}
-
-    def active(self, step: Step) -> bool:
-        """Whether weights are perturbed in this step."""
-        return True
 
     @abstractmethod
     def perturbation(

@@ -13,7 +13,6 @@ import torch
 
 import onmanifold as om
 from onmanifold.training import (
-from onmanifold.training import (
     ATLD,
     AWP,
     DMAT,
@@ -23,8 +22,8 @@ from onmanifold.training import (
     SAM,
     TRADES,
     VAT,
-    AdvProp,
     AdversarialTraining,
+    AdvProp,
     FeatureScattering,
     InputMixup,
     JointAdversarialTraining,
@@ -139,7 +138,9 @@ def two_processes(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("name", ["dual", "half", "trades", "mart", "worst", "atld", "sam", "awp", "staged"])
+@pytest.mark.parametrize(
+    "name", ["dual", "half", "trades", "mart", "worst", "atld", "sam", "awp", "staged"]
+)
 def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_dataset, tint, name):
     """Batches of 24 and 25 images: the shares of the two processes differ in size."""
     method, batch_norm, config = cases(tint)[name]

@@ -174,3 +174,13 @@ def test_what_a_merge_brings_may_be_said_anew(tmp_path):
     path.write_text("a: &base {type: pgd}\nb: {<<: *base, steps: 7, steps: 8}\n")
     with pytest.raises(ConfigError, match="the key 'steps' stands twice"):
         read_yaml(path)
+
+
+def test_merges_in_merges(tmp_path):
+    path = tmp_path / "nested.yaml"
+    path.write_text("c: {<<: &b {<<: &a {x: 1}, x: 2}, x: 3}\nd: *b\n")
+    assert read_yaml(path) == {"c": {"x": 3}, "d": {"x": 2}}
+    for text in ("c: {<<: {x: 1, x: 2}}\n", "a: &a {x: 1}\nc: {<<: *a, <<: *a}\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="stands twice"):
+            read_yaml(path)

@@ -431,3 +431,12 @@ def test_round_trips_after_training_on_real_images(real_data):
             assert glow.chart(codes).decode(codes + 0.1 * signs).isfinite().all()
     assert worst[torch.float32] <= 5e-6
     assert worst[torch.float64] <= 1e-10
+
+
+def test_codes_that_are_no_numbers_are_refused():
+    glow = make(dtype=torch.float32)
+    with torch.no_grad():
+        glow.flow[0].steps[0].coupling.last.bias[0] = torch.nan
+    images = draw(glow.image_shape, 2, torch.float32)
+    with pytest.raises(InputError, match="codes: found NaN"):
+        LatentBall(glow, radius=0.1).around(images, LABELS[:2])

@@ -376,6 +376,12 @@ def test_a_discriminator_survives_a_file(tmp_path):
         load_discriminator(tmp_path / "classifier.safetensors")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_discriminator(tmp_path / "none.safetensors")
+    strange = tmp_path / "strange.safetensors"
+    discriminator = Discriminator(4, 3)
+    discriminator.spec = {**discriminator.spec, "colour": "red"}
+    save_discriminator(discriminator, strange)
+    with pytest.raises(CheckpointError, match="makes no discriminator of this version"):
+        load_discriminator(strange)
 
 
 def test_interrupted_and_resumed_it_ends_with_the_same_bits(dataset, tmp_path, monkeypatch):

@@ -535,3 +535,14 @@ def test_full_disk_leaves_what_was_there(network, dataset, tmp_path, monkeypatch
     undisturbed = train("normal", network, dataset, QUICK, directory=tmp_path)
     for name, tensor in resumed.classifier.state_dict().items():
         assert torch.equal(tensor, undisturbed.classifier.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", ["classifier", "model", "best", "a/b"])
+def test_players_may_not_take_the_names_of_the_training(fresh_network, fresh_dataset, name):
+    @dataclass(frozen=True)
+    class Clash(Normal):
+        def players(self, classifier, image):
+            return {name: nn.Linear(2, 2)}
+
+    with pytest.raises(ConfigError, match="players: Clash calls one"):
+        train(Clash(), fresh_network(), fresh_dataset())

@@ -263,3 +263,12 @@ def test_errors():
         ManifoldMixup(layers=())
     with pytest.raises(ConfigError, match="attack: expected an attack"):
         IAT("pgd")
+
+
+@pytest.mark.parametrize(
+    "attack", [om.PGD(om.ImageBall(), objective=om.Margin()), om.RayS(om.ImageBall())]
+)
+def test_mixed_labels_need_an_objective_that_takes_them(attack):
+    with pytest.raises(ConfigError, match="mixed labels need an objective such as 'ce'"):
+        IJSAT(attack)
+    assert IJSAT(attack, order="attack_first").attack == attack

@@ -98,3 +98,18 @@ def test_specifications_and_errors(attacks):
         Staged(Normal(), -1)
     with pytest.raises(ConfigError, match="then: expected a method"):
         Staged("normal", 1)
+
+
+def test_a_second_look_has_the_same_worst_examples(network, coded, attacks):
+    step = make_step(network, coded)
+    method = JointAdversarialTraining(attacks, "worst")
+    method.loss(step)
+    chosen = step.made[-1]
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight += torch.randn_like(weight)
+    seen = []
+    again = step.again()
+    again.model = lambda images: seen.append(images) or network(images)
+    method.loss(again)
+    assert torch.equal(seen[0], chosen)

@@ -18,6 +18,7 @@ from onmanifold.training import (
     AdvProp,
     Method,
     Normal,
+    Staged,
     Step,
     TrainingConfig,
     train,
@@ -294,6 +295,7 @@ def test_a_specification_builds(dataset, network):
     [
         (lambda: SAM("normal"), "method: expected a training method, found str"),
         (lambda: SAM(AWP(Normal())), "method: AWP perturbs the weights itself"),
+        (lambda: SAM(Staged(AWP(Normal()), 1)), "method: AWP perturbs the weights itself"),
         (lambda: SAM(Normal(), -1), "radius: expected a finite number >= 0, found -1"),
         (lambda: AWP(Normal(), float("inf")), "radius: expected a finite number >= 0, found inf"),
         (lambda: AWP(Normal(), after_epoch=-1), "after_epoch: expected at least 0, found -1"),

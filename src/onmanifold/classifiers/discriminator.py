@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.errors import CheckpointError, InputError
 from onmanifold.foundation.weights import fill_module, read_module, write_module
 
 Reads = Literal["last_hidden", "logits"]
@@ -145,6 +145,11 @@ def load_discriminator(path: str | Path) -> Discriminator:
         CheckpointError: The file is missing, truncated or foreign.
     """
     saved = read_module(_KIND, path)
-    discriminator = Discriminator(**(saved.spec or {}))
+    try:
+        discriminator = Discriminator(**(saved.spec or {}))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its specification makes no discriminator of this version: {error}."
+        ) from error
     fill_module(discriminator, saved.weights, path)
     return discriminator.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -129,26 +129,25 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping; YAML itself would silently keep the last."""
+    """Refuses a key that stands twice in one mapping; YAML itself would silently keep the last.
 
+    What a merge (``<<``) brings may be said anew: mappings are checked as they are written, before merging.
+    """
 
-def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[Hashable] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == _MERGE:
-            # What "<<" brings may be said anew.
-            continue
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark
-            )
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping of the file."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                shown = f"{key.value!r}" if key.tag == _MERGE else f"{self.construct_object(key)!r}"
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {shown} stands twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 def read_yaml(path: Path) -> Mapped:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from onmanifold.classifiers import load_classifier, save_classifier
 from onmanifold.data.dataset import Batch
+from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.weights import fill_module, read_module, write_module
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.methods.base import Method, Step
@@ -19,6 +20,10 @@ from onmanifold.training.validation import validate
 
 if TYPE_CHECKING:
     from onmanifold.data.dataset import Dataset
+
+
+# What files and parts of a training are called already.
+_RESERVED = {"average", "best", "classifier", "last", "model"}
 
 
 class Classification(Task):
@@ -35,6 +40,12 @@ class Classification(Task):
         self, method: Method, classifier: nn.Module, config: TrainingConfig, image: Tensor
     ) -> None:
         self.others = method.players(classifier, image)
+        for name in self.others:
+            if not name.isidentifier() or name in _RESERVED:
+                raise ConfigError(
+                    f"players: {type(method).__name__} calls one {name!r}; expected an identifier other than "
+                    f"{', '.join(sorted(_RESERVED))}."
+                )
         super().__init__(classifier, {"classifier": classifier, **self.others})
         self.method, self.config, self.rates = method, config, method.rates()
 

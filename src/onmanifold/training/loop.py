@@ -209,7 +209,9 @@ class Training:
         place = Place(state.epoch, number, total, seed, share, self._total)
         for turn in self.task.turns(batch, place, self.record):
             self._move(turn, share)
-            loss = loss + torch.stack([part.detach() for part in turn.values()]).sum()
+            # A loss that several players follow counts once.
+            parts = {id(part): part.detach() for part in turn.values()}
+            loss = loss + torch.stack(list(parts.values())).sum()
             if len(self.optimizers) > 1:
                 for name, part in turn.items():
                     self.record.add(f"loss_{name}", part * len(mine), len(mine))

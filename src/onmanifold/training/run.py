@@ -45,7 +45,8 @@ class TrainingResult:
         best_epoch: The epoch of the best weights, from 1.
         best: The file of the best weights; None where the training had no directory.
         players: The method's own networks, such as a discriminator, by name, as they were in the best epoch, in
-            eval mode; with a directory each has a file ``<name>.safetensors`` beside ``best``.
+            eval mode. They are not averaged, also where ``ema`` averages the classifier. With a directory each
+            has a file ``<name>.safetensors`` beside ``best``.
     """
 
     classifier: nn.Module

@@ -198,7 +198,9 @@ def _agreement(study: Study, part: Subject) -> Tensor:
             return Margin().value(part.model(region.render(points)), part.labels)
 
     with untouched(part.model, part.seed), full_float32():
-        region = study.threat.around(part.images, part.labels, part.codes)
+        region = study.threat.facing(part.model, part.images).around(
+            part.images, part.labels, part.codes
+        )
         centre = draw(region, part, 0, 0.5)
     with untouched(part.model, part.seed), full_float32():
         gradients = slopes_at(part.model, region, centre, Margin(), part.labels).gradients

@@ -165,7 +165,9 @@ def _plant(study: Study, part: Subject, features: _Features) -> _Head | None:
     the model is.
     """
     with untouched(part.model, part.seed), torch.no_grad(), full_float32():
-        region = study.threat.around(part.images, part.labels, part.codes)
+        region = study.threat.facing(part.model, part.images).around(
+            part.images, part.labels, part.codes
+        )
         inner, edge = (
             features.of(part.model, torch.cat(list(_points(region, part, count, share))))
             for count, share in ((_INNER, 0.5), (_CANDIDATES, 1.0))

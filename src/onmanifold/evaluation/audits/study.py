@@ -190,7 +190,12 @@ class Study:
         """The same with the threat model around each batch, on the frozen model."""
         with untouched(self.subject.model, self.seed), full_float32():
             yield (
-                (part, self.threat.around(part.images, part.labels, part.codes))
+                (
+                    part,
+                    self.threat.facing(part.model, part.images).around(
+                        part.images, part.labels, part.codes
+                    ),
+                )
                 for part in self.parts(count)
             )
 

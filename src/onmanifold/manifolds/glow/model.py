@@ -195,7 +195,8 @@ class Glow(LearnedManifold):
                 f"images: expected (B, {self.image_shape}), found {tuple(images.shape)}."
             )
         frozen = self.frozen(images.dtype)
-        return GlowChart(self, frozen.encode(self.pad(images)), frozen)
+        codes = self.check_codes(frozen.encode(self.pad(images)), len(images))
+        return GlowChart(self, codes, frozen)
 
     def frozen(self, dtype: torch.dtype) -> FrozenGlow:
         """The flow as it is now with all that attacks need computed, in the given precision."""

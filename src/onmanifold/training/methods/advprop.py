@@ -89,22 +89,19 @@ class AdvProp(Method):
         """
         return {"auxiliary": AuxiliaryNorms(classifier)}
 
-    def loss(self, step: Step) -> Tensor:
-        return self._loss(step)[0]
-
     def turns(self, step: Step) -> Iterator[Turn]:
         """One turn: the classifier follows the whole loss, the auxiliary norms that on the examples."""
-        loss, adversarial = self._loss(step)
-        yield {"classifier": loss, "auxiliary": adversarial}
+        loss = self.loss(step)
+        # One loss for both, which is logged once; the auxiliary norms have no part in that on clean images.
+        yield {"classifier": loss, "auxiliary": loss}
 
-    def _loss(self, step: Step) -> tuple[Tensor, Tensor]:
-        """The whole loss, and the part of the examples."""
+    def loss(self, step: Step) -> Tensor:
         auxiliary = step.players["auxiliary"]
         assert isinstance(auxiliary, AuxiliaryNorms)
         with auxiliary.inside(step.classifier):
             examples = step.examples(persistent(self.attack))
             adversarial = self.adversarial_weight * step.cross_entropy(examples)
-        return self.clean_weight * step.cross_entropy(step.images) + adversarial, adversarial
+        return self.clean_weight * step.cross_entropy(step.images) + adversarial
 
 
 def _norms(classifier: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onmanifold.attacks import PGD, Attack
 from onmanifold.attacks.core import gradients_of
-from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen
+from onmanifold.attacks.engine import Engine, FrozenNetwork, frozen, unwrapped
 from onmanifold.attacks.stepped import StepSize, check_steps, resolve_step_sizes
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
@@ -96,7 +96,8 @@ class FeatureScattering(Method):
         images = step.images
         with frozen(step.classifier, images, engine, seed=step.seed, check=False) as network:
             with torch.no_grad():
-                region = self.threat.around(images, step.labels, step.codes)
+                threat = self.threat.facing(unwrapped(step.classifier), images)
+                region = threat.around(images, step.labels, step.codes)
                 start = region.random(self.start, step.seed, step.indices)
                 clean = network(images)
             found = self._scattered(network, region, start, clean)

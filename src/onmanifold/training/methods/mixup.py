@@ -17,6 +17,7 @@ from onmanifold.attacks.engine import untouched
 from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
+from onmanifold.objectives import Objective
 from onmanifold.training.methods.base import Method, Step, check_attack, check_weight, persistent
 
 
@@ -217,6 +218,13 @@ class IJSAT(Method):
         if self.order not in ("mix_first", "attack_first"):
             raise ConfigError(
                 f"order: expected 'mix_first' or 'attack_first', found {self.order!r}."
+            )
+        objective = getattr(self.attack, "objective", None)
+        soft = isinstance(objective, Objective) and objective.takes_soft_labels
+        if self.order == "mix_first" and not soft:
+            raise ConfigError(
+                f"attack: mixed labels need an objective such as 'ce'; {type(self.attack).__name__} has "
+                f"{'none' if objective is None else type(objective).__name__}."
             )
 
     @property

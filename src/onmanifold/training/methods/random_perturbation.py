@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from onmanifold.attacks.engine import unwrapped
 from onmanifold.foundation.errors import ConfigError
+from onmanifold.foundation.modules import frozen
 from onmanifold.foundation.registry import METHODS
 from onmanifold.threats import Threat
 from onmanifold.threats.geometry import Start
@@ -49,8 +51,10 @@ class RandomPerturbationTraining(Method):
     def loss(self, step: Step) -> Tensor:
         clean = len(step.images) // 2 if self.variant == "half" else 0
         codes = None if step.codes is None else step.codes[clean:]
-        with torch.no_grad():
-            region = self.threat.around(step.images[clean:], step.labels[clean:], codes)
+        with torch.no_grad(), frozen(step.classifier):
+            images = step.images[clean:]
+            threat = self.threat.facing(unwrapped(step.classifier), images)
+            region = threat.around(images, step.labels[clean:], codes)
             points = region.random(self.start, step.seed, step.indices[clean:])
             perturbed = region.render(points).clamp(0, 1)
         return step.cross_entropy(

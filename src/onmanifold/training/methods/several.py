@@ -52,7 +52,10 @@ class JointAdversarialTraining(Method):
         # All are made before the first forward pass, which changes the batch-norm statistics.
         examples = [step.examples(persistent(attack)) for attack in self.against]
         if self.combine == "worst":
-            return step.cross_entropy(_worst(step, examples))
+            # Chosen once: a step that is looked at again has the same examples.
+            worst = _worst(step, examples) if step.given is None else next(step.given)
+            step.made.append(worst)
+            return step.cross_entropy(worst)
         total = torch.stack([step.cross_entropy(images) for images in examples]).sum()
         return total / len(examples) if self.combine == "mean" else total
 

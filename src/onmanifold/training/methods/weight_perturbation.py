@@ -48,9 +48,10 @@ class WeightPerturbation(Method, ABC):
             raise ConfigError(
                 f"method: expected a training method, found {type(self.method).__name__}."
             )
-        if isinstance(self.method, WeightPerturbation):
+        inner = _perturbing(self.method)
+        if inner is not None:
             raise ConfigError(
-                f"method: {type(self.method).__name__} perturbs the weights itself; expected one that does not."
+                f"method: {type(inner).__name__} perturbs the weights itself; expected one that does not."
             )
 
     @property
@@ -189,6 +190,14 @@ class AWP(WeightPerturbation):
             else torch.zeros_like(weight)
             for weight, gradient in zip(parameters, gradients, strict=True)
         ]
+
+
+def _perturbing(method: Method) -> WeightPerturbation | None:
+    """The method that perturbs the weights in a method, at any depth."""
+    if isinstance(method, WeightPerturbation):
+        return method
+    found = (_perturbing(part) for part in vars(method).values() if isinstance(part, Method))
+    return next((part for part in found if part is not None), None)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """Glow against normflows with the same weights, and against the floor: ``python -m benchmarks.glow``.
 
-The floor is what no Glow can avoid: the convolutions of the couplings alone, frozen, in channels_last; forward for
-decoding, forward and backward to the input for a step of JSA. Ratios are medians over rounds of times taken in
+The floor is what no Glow can avoid: the convolutions of the couplings alone, in channels_last; forward for
+decoding and for the likelihood, forward and backward to the input for a step of JSA, and to the weights too for a
+step of training. Ratios are medians over rounds of times taken in
 the same round, each candidate in a process of its own, as its users run it. onmanifold's attacks and training let
 their process keep freed memory; ``--alike`` gives that to normflows too. In the step of JSA normflows is used as
 tutorials write PGD, with ``loss.backward()``; "frozen" is normflows without gradients to its parameters, as a user
@@ -209,6 +210,9 @@ def likelihood(name: str, glow: Glow, peer: nn.Module, images: Tensor) -> Callab
 def training(name: str, glow: Glow, peer: nn.Module, images: Tensor) -> Callable[[], object]:
     """A step of maximum likelihood by Adamax, dequantisation included."""
     network = copy.deepcopy(glow if name == "onmanifold" else peer).train()
+    if name == "onmanifold":
+        # As its training loop does.
+        network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adamax(network.parameters(), lr=1e-6)
 
     def call() -> None:
@@ -253,15 +257,19 @@ def joint_attack(name: str, glow: Glow, peer: nn.Module, images: Tensor) -> Call
 
 
 def floor(glow: Glow, task: Task) -> Callable[[], object]:
-    """The convolutions of all couplings, forward, and backward where the task takes gradients."""
-    glow = copy.deepcopy(glow).requires_grad_(False).to(memory_format=torch.channels_last)
+    """The convolutions of all couplings, forward, and backward where the task takes gradients.
+
+    In training to the weights too.
+    """
+    trains = task.kind == "training step"
+    glow = copy.deepcopy(glow).requires_grad_(trains).to(memory_format=torch.channels_last)
     couplings = [step.coupling for level in glow.flow for step in level.steps]
     sides = [
         shape[1]
         for level, shape in zip(glow.flow, glow.level_shapes, strict=True)
         for _ in level.steps
     ]
-    backward = task.kind == "JSA step"
+    backward = trains or task.kind == "JSA step"
     inputs = [
         torch.rand(task.batch, coupling.first.in_channels, side, side, device=task.device)
         .contiguous(memory_format=torch.channels_last)
@@ -271,10 +279,12 @@ def floor(glow: Glow, task: Task) -> Callable[[], object]:
 
     def call() -> None:
         for coupling, pixels in zip(couplings, inputs, strict=True):
-            hidden = coupling.middle(coupling.first(pixels).relu_()).relu_()
-            change = coupling.last(hidden)
+            with torch.set_grad_enabled(backward):
+                hidden = coupling.middle(coupling.first(pixels).relu_()).relu_()
+                change = coupling.last(hidden)
             if backward:
-                torch.autograd.grad(change, pixels, change)
+                weights = list(coupling.parameters()) if trains else []
+                torch.autograd.grad(change, [pixels, *weights], change.detach())
 
     return call
 
@@ -330,15 +340,14 @@ def compare(setting: str, arguments: argparse.Namespace) -> None:
     check_outputs(setting)
     for kind in arguments.only or KINDS:
         task = Task(kind, setting, batch, arguments.device, arguments.threads, arguments.alike)
-        names = ["onmanifold", "normflows"]
-        names += {"decode": ["floor"], "JSA step": ["normflows, frozen", "floor"]}.get(kind, [])
+        names = ["onmanifold", "normflows", "floor"]
+        names += ["normflows, frozen"] if kind == "JSA step" else []
         seconds = interleave_apart(candidate, names, task, rounds=arguments.rounds)
         figures = {name: ratio(seconds, name, "onmanifold") for name in names[1:]}
         line = f"{kind:16}{figures['normflows']:6.2f} × as fast as normflows (aim {AIMS[kind]})"
         if "normflows, frozen" in figures:
             line += f", {figures['normflows, frozen']:.2f} × as it frozen"
-        if "floor" in figures:
-            line += f"; takes {ratio(seconds, 'onmanifold', 'floor'):.2f} × the floor"
+        line += f"; takes {ratio(seconds, 'onmanifold', 'floor'):.2f} × the floor"
         print(line, flush=True)
     compare_memory(Task("JSA step", setting, batch, arguments.device, arguments.threads, False))
 

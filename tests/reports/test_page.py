@@ -187,3 +187,20 @@ def test_colours_differ_in_grey():
     # Neighbours may be close in grey; markers and dashes are all different then.
     assert max(four) - min(four) > 60
     assert len(set(figures.MARKERS)) == len(figures.MARKERS) == len(figures.COLOURS)
+
+
+def test_many_methods_are_told_apart_and_fit_into_the_figure():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    names = [f"a method whose name is long, number {number}" for number in range(26)]
+    entry = {"epoch": 1, "train_loss": 1.0}
+    histories = {name: [[entry, {**entry, "epoch": 2}]] for name in names}
+    figure = figures.training_figure(histories, {"loss": ("train_loss", 1.0)})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 26

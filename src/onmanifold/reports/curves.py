@@ -9,7 +9,7 @@ import numpy as np
 
 from onmanifold.foundation.errors import InputError
 from onmanifold.reports.claims import CONFIDENCE
-from onmanifold.reports.figures import COLOURS, DASHES, MARKERS, add_legend, new_figure, style
+from onmanifold.reports.figures import COLOURS, DASHES, add_legend, marker_of, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def curves_figure(
                 radii,
                 100 * table["accuracy"].to_numpy(),
                 linestyle=DASHES[number % len(DASHES)],
-                marker=MARKERS[number % len(MARKERS)],
+                marker=marker_of(number),
                 markersize=4.5,
                 linewidth=1.5,
                 label=name,
@@ -68,5 +68,5 @@ def curves_figure(
         axes.set(xlabel=xlabel, ylabel="accuracy (%)", ylim=(-2, 102))
         axes.set_xlim(left=0)
         axes.grid()
-        add_legend(figure, axes, len(curves))
+        add_legend(figure, axes)
         return figure

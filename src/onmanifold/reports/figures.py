@@ -29,6 +29,9 @@ DASHES: tuple[Any, ...] = (
     "-",
     "-",
 )
+_WIDTH = 8.8
+# Methods of whose points a row of the figure has room for half an inch.
+_ROOM = 8
 INK = "#1c2127"
 FAINT = "#8b939c"
 
@@ -79,7 +82,9 @@ def accuracy_figure(table: Table) -> Figure:
     """Accuracy of each method under each attack, with intervals."""
     with style():
         rows, methods = len(table.columns), list(table.rows)
-        figure, axes = new_figure(8.8, 0.7 + 0.5 * rows)
+        legend = _legend_lines(methods, _WIDTH)
+        height = 0.5 * rows * max(1.0, len(methods) / _ROOM)
+        figure, axes = new_figure(_WIDTH, 0.5 + 0.2 * legend + height)
         spread = 0.62 / max(len(methods), 1)
         for number, method in enumerate(methods):
             offset = (number - (len(methods) - 1) / 2) * spread
@@ -93,7 +98,7 @@ def accuracy_figure(table: Table) -> Figure:
                 means,
                 [row + offset for row, _ in found],
                 xerr=np.clip(arms, 0, None),
-                fmt=MARKERS[number % len(MARKERS)],
+                fmt=marker_of(number),
                 color=COLOURS[number % len(COLOURS)],
                 markersize=5.5,
                 elinewidth=1.2,
@@ -104,7 +109,7 @@ def accuracy_figure(table: Table) -> Figure:
         axes.set(xlim=(-2, 102), ylim=(rows - 0.5, -0.5), xlabel="accuracy (%)")
         axes.set_yticks(range(rows), table.headings())
         axes.grid(axis="x")
-        add_legend(figure, axes, len(methods))
+        add_legend(figure, axes)
         return figure
 
 
@@ -131,7 +136,9 @@ def training_figure(
     from matplotlib.ticker import MaxNLocator
 
     with style():
-        figure, axes = new_figure(3.3 * len(shown) + 0.4, 3.0, columns=len(shown))
+        width = 3.3 * len(shown) + 0.4
+        legend = _legend_lines(list(histories), width)
+        figure, axes = new_figure(width, 2.8 + 0.2 * legend, columns=len(shown))
         panes: list[Axes] = list(np.atleast_1d(np.asarray(axes, dtype=object)))
         for pane, (title, (key, factor)) in zip(panes, shown.items(), strict=True):
             for number, (method, runs) in enumerate(histories.items()):
@@ -147,7 +154,7 @@ def training_figure(
                         curves[0][0][:length],
                         factor * mean,
                         linestyle=DASHES[number % len(DASHES)],
-                        marker=MARKERS[number % len(MARKERS)],
+                        marker=marker_of(number),
                         markersize=3.5,
                         linewidth=1.5,
                         markevery=max(1, length // 6),
@@ -157,7 +164,7 @@ def training_figure(
             pane.set(title=title, xlabel="epoch")
             pane.grid()
             pane.xaxis.set_major_locator(MaxNLocator(integer=True))
-        add_legend(figure, panes[0], len(histories))
+        add_legend(figure, panes[0])
         return figure
 
 
@@ -273,14 +280,30 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, A
     return figure, figure.subplots(1, columns)
 
 
-def add_legend(figure: Figure, axes: Axes, count: int) -> None:
-    """A legend of ``count`` entries above the axes."""
+def marker_of(number: int) -> str:
+    """The marker of the method of this number: beyond the first seven other pairs of colour and marker follow."""
+    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of labels fit into so many inches."""
+    longest = max((len(label) for label in labels), default=0)
+    return max(1, min(len(labels), 5, int(width / (0.075 * longest + 0.6))))
+
+
+def _legend_lines(labels: Sequence[str], width: float) -> int:
+    """How many lines a legend above a figure of so many inches takes."""
+    return -(-len(labels) // _legend_columns(labels, width)) if labels else 0
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """A legend of all that is named in the axes, above them, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
         loc="outside upper center",
-        ncols=min(count, 5),
+        ncols=_legend_columns([str(label) for label in labels], figure.get_size_inches()[0]),
         fontsize=8.5,
         handlelength=2.4,
     )

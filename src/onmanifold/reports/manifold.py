@@ -157,7 +157,7 @@ def distances_figure(quality: Quality) -> Figure:
         )
         axes.set_xlim(left=0)
         axes.grid()
-        figures.add_legend(figure, axes, 2)
+        figures.add_legend(figure, axes)
         return figure
 
 
@@ -186,7 +186,7 @@ def latents_figure(quality: Quality) -> Figure:
             pane.grid(axis="y")
         highest = max(max(quality.series[f"{name}_deviation"]) for name in ("draw", "code"))
         panes[1].set_ylim(0, 1.08 * highest or 1)
-        figures.add_legend(figure, panes[0], 2)
+        figures.add_legend(figure, panes[0])
         return figure
 
 

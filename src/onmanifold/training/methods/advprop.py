@@ -78,8 +78,8 @@ class AdvProp(Method):
 
     @property
     def attacks(self) -> Sequence[Attack]:
-        """The attack."""
-        return (self.attack,)
+        """None: the classifier that is kept has the main norms, and is meant for clean images; these judge it."""
+        return ()
 
     def players(self, classifier: nn.Module, image: Tensor) -> dict[str, nn.Module]:
         """The auxiliary norms.

@@ -136,6 +136,19 @@ def interleave_rows(theirs: nn.Conv2d, coupling: Coupling) -> None:
     theirs.weight[1::2], theirs.bias[1::2] = weight[half:], bias[half:] - 2
 
 
+@torch.no_grad()
+def start_peer(peer: nn.Module, canvases: Tensor) -> None:
+    """normflows' own start for training: scales of sigmoid(2), and its actnorms from the same images."""
+    import normflows
+
+    for part in peer.modules():
+        if isinstance(part, normflows.flows.GlowBlock):
+            part.flows[0].flows[1].param_map.net[-1].bias.zero_()
+        elif isinstance(part, normflows.flows.ActNorm):
+            part.data_dep_init_done.zero_()
+    peer.log_prob(canvases, None)
+
+
 @functools.cache
 def subjects(setting: str, device: str) -> tuple[Glow, nn.Module]:
     """Glow and its peer with the same weights; scales without bounds are what the peer has."""
@@ -363,7 +376,10 @@ def compare_memory(task: Task) -> None:
 
 
 def train_both(arguments: argparse.Namespace) -> None:
-    """The same steps by both, on the same images with the same noise; bits per dimension of test images."""
+    """The same steps by both, on the same images with the same noise; bits per dimension of test images.
+
+    1×1 convolutions start alike; scales and actnorms start as each does by itself, from the same images.
+    """
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     train = om.load_dataset(arguments.dataset, "train")
@@ -371,6 +387,7 @@ def train_both(arguments: argparse.Namespace) -> None:
     glow = our_glow(arguments.levels, arguments.width, train.image_shape).to(arguments.device)
     glow.start(train.batch(torch.arange(256), arguments.device).images)
     peer = peer_of(copy.deepcopy(glow).cpu()).to(arguments.device)
+    start_peer(peer, glow.dequantise(train.batch(torch.arange(256), arguments.device).images))
     print(f"Glow, {arguments.levels} levels, width {arguments.width}, on {arguments.dataset}")
     steps = arguments.train
     for name, network in (("onmanifold", glow), ("normflows", peer)):

@@ -161,6 +161,18 @@ class Margin(Objective):
         return values >= (self.confidence or 0.0)
 
 
+def divergence(clean: Tensor, perturbed: Tensor) -> Tensor:
+    """KL(p(clean) ‖ p(perturbed)) in nats, (B,), of logits (B, K); differentiable in both.
+
+    >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+    tensor([0.1201])
+    """
+    target = functional.log_softmax(clean, dim=1)
+    return functional.kl_div(
+        functional.log_softmax(perturbed, dim=1), target, reduction="none", log_target=True
+    ).sum(1)
+
+
 @OBJECTIVES.register("kl")
 @dataclass(frozen=True)
 class KullbackLeibler(Objective):
@@ -174,10 +186,7 @@ class KullbackLeibler(Objective):
 
     def value(self, logits: Tensor, labels: Tensor, **extra: Tensor) -> Tensor:
         """The divergence in nats, (B,)."""
-        perturbed = functional.log_softmax(logits, dim=1)
-        return functional.kl_div(perturbed, extra["clean"], reduction="none", log_target=True).sum(
-            1
-        )
+        return divergence(extra["clean"], logits)
 
 
 @OBJECTIVES.register("dlr")

@@ -10,8 +10,9 @@ from torch.nn import functional
 import onmanifold as om
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
+from onmanifold.objectives import divergence
 from onmanifold.training import MART, TRADES, Step
-from onmanifold.training.methods.trades import boosted_cross_entropy, divergence
+from onmanifold.training.methods.trades import boosted_cross_entropy
 
 
 def make_step(network, dataset):

@@ -105,7 +105,7 @@ class LikenessBall(Ball):
 
         The distance is that between both ends of the step, to first order.
         """
-        directions = _unit(gradients)
+        directions = geometry.unit(gradients)
         speed = self.speed(points, directions)
         length = torch.as_tensor(step_size, dtype=speed.dtype, device=speed.device) / speed
         return points + _scaled(directions, length)
@@ -125,7 +125,7 @@ class LikenessBall(Ball):
         if start in ("zero", "nearby"):
             return self.project(points)
         limit = geometry.size(points, "l2") * self.radius
-        directions = _unit(points)
+        directions = geometry.unit(points)
         length = _BEYOND * limit / self.speed(self.zero(), directions)
         return self._drawn_in(self.boxed(_scaled(directions, length)), limit)
 
@@ -199,12 +199,6 @@ class PerceptualBall(Threat):
                 "PerceptualDistance, or `threat.facing(model, images)`."
             )
         return PerceptualRegion(LikenessBall.around(images, self.radius, self.distance))
-
-
-def _unit(points: Tensor) -> Tensor:
-    """Points (B, C, H, W) at l2 length 1, 0 where they are 0."""
-    lengths = geometry.size(points, "l2").view(-1, 1, 1, 1)
-    return points / torch.where(lengths > 0, lengths, 1.0)
 
 
 def _scaled(points: Tensor, factors: Tensor) -> Tensor:

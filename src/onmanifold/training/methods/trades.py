@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from onmanifold.attacks import Attack
 from onmanifold.foundation.registry import METHODS
-from onmanifold.objectives import KullbackLeibler
+from onmanifold.objectives import KullbackLeibler, divergence
 from onmanifold.training.methods.base import (
     Method,
     Step,
@@ -105,18 +105,6 @@ class MART(Method):
         own = clean.softmax(1).gather(1, step.labels.unsqueeze(1)).squeeze(1)
         aware = divergence(clean, perturbed) * (1 + _FLOOR - own)
         return boosted.mean() + self.weight * aware.mean()
-
-
-def divergence(clean: Tensor, perturbed: Tensor) -> Tensor:
-    """KL(p(clean) ‖ p(perturbed)) in nats, (B,), of logits (B, K); differentiable in both.
-
-    >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
-    tensor([0.1201])
-    """
-    target = functional.log_softmax(clean, dim=1)
-    return functional.kl_div(
-        functional.log_softmax(perturbed, dim=1), target, reduction="none", log_target=True
-    ).sum(1)
 
 
 def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

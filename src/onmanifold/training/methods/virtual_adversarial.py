@@ -12,6 +12,8 @@ from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.modules import frozen
 from onmanifold.foundation.registry import METHODS
+from onmanifold.objectives import divergence
+from onmanifold.threats.geometry import unit
 from onmanifold.training.methods.base import Method, Step, check_weight
 
 
@@ -54,10 +56,8 @@ class VAT(Method):
         moved = self._moved(step) if step.given is None else next(step.given)
         step.made.append(moved)
         clean = step.logits(step.images)
-        moved_log = functional.log_softmax(step.model(moved), dim=1)
-        fixed = functional.log_softmax(clean.detach(), dim=1)
-        divergence = functional.kl_div(moved_log, fixed, reduction="batchmean", log_target=True)
-        return functional.cross_entropy(clean, step.labels) + self.weight * divergence
+        change = divergence(clean.detach(), step.model(moved)).mean()
+        return functional.cross_entropy(clean, step.labels) + self.weight * change
 
     def _moved(self, step: Step) -> Tensor:
         """The images moved by r, (B, C, H, W) in [0, 1]."""
@@ -65,7 +65,7 @@ class VAT(Method):
         start = randomness.normal(
             step.seed, step.indices, images.shape[1:], stream="virtual", dtype=images.dtype
         )
-        directions = _unit(start)
+        directions = unit(start)
         with frozen(step.classifier):
             for _ in range(self.iterations):
                 directions = self._sharpened(step.classifier, images, directions)
@@ -74,20 +74,10 @@ class VAT(Method):
     def _sharpened(self, classifier: nn.Module, images: Tensor, directions: Tensor) -> Tensor:
         """One power iteration on unit directions (B, C, H, W)."""
         with torch.no_grad():
-            clean = functional.log_softmax(classifier(images), dim=1)
+            clean = classifier(images)
         point = (images + self.difference * directions).requires_grad_()
-        moved = functional.log_softmax(classifier(point), dim=1)
-        divergence = functional.kl_div(moved, clean, reduction="sum", log_target=True)
-        (gradient,) = torch.autograd.grad(divergence, point)
+        change = divergence(clean, classifier(point)).sum()
+        (gradient,) = torch.autograd.grad(change, point)
         # Where the prediction does not change at all, any direction is as good.
         flat = gradient.flatten(1).abs().amax(1) > 0
-        return torch.where(flat.view(-1, 1, 1, 1), _unit(gradient), directions)
-
-
-def _unit(points: Tensor) -> Tensor:
-    """Points (B, C, H, W) at length 1, 0 where they are 0."""
-    # Divided by the largest first: the squares of small gradients would vanish.
-    largest = points.abs().amax((1, 2, 3), keepdim=True)
-    points = points / torch.where(largest > 0, largest, 1.0)
-    lengths = torch.linalg.vector_norm(points.flatten(1), dim=1).view(-1, 1, 1, 1)
-    return points / torch.where(lengths > 0, lengths, 1.0)
+        return torch.where(flat.view(-1, 1, 1, 1), unit(gradient), directions)

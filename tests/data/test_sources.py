@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -85,6 +86,19 @@ def test_a_damaged_cache_is_built_again(folder, own_cache, part, share):
     data = load_dataset("mnist", "test")
     assert torch.equal(data.images, images)
     assert data.labels.tolist() == [1] * 50
+
+
+def test_the_fingerprint_is_of_what_the_files_hold(folder):
+    file = write(folder, "mnist", "test", pictures(5), [0, 1, 2, 3, 4])
+    first = load_dataset("mnist", "test").fingerprint
+    os.utime(file, (1, 1))
+    assert load_dataset("mnist", "test").fingerprint == first
+    others = pictures(5)
+    others[3][5, 5] ^= 1
+    write(folder, "mnist", "test", others, [0, 1, 2, 3, 4])
+    assert load_dataset("mnist", "test").fingerprint != first
+    write(folder, "mnist", "test", pictures(5), [0, 1, 2, 3, 5])
+    assert load_dataset("mnist", "test").fingerprint != first
 
 
 def test_nothing_that_is_done_to_the_images_reaches_the_cache(folder):

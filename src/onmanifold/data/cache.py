@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ _PORTION = 512
 
 
 def stamp(files: Sequence[Path], *extra: object) -> str:
-    """A digest of files by folder, name, size and time of change, and of ``extra``."""
+    """A digest of files by folder, name, size and time of change, and of ``extra``: for this machine alone."""
     facts = [
         (file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in files
@@ -33,7 +33,29 @@ def stamp(files: Sequence[Path], *extra: object) -> str:
     return hashlib.sha256(json.dumps([facts, *map(str, extra)]).encode()).hexdigest()[:16]
 
 
-def cached(name: str, key: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+class Decoded(NamedTuple):
+    """Images as a network takes them, bytes still.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        digest: Of both; the same on every machine, whatever became of the files.
+    """
+
+    images: Tensor
+    labels: Tensor
+    digest: str
+
+
+def digest_of(images: Tensor, labels: Tensor) -> str:
+    """A digest of images (N, C, H, W) uint8 and labels (N,) int64 by shape and values."""
+    digest = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=8)
+    for tensor in (images, labels):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def cached(name: str, key: str, make: Callable[[], tuple[Tensor, Tensor]]) -> Decoded:
     """Images (N, C, H, W) uint8, memory-mapped, and labels (N,) int64; made and stored where absent.
 
     Args:
@@ -44,19 +66,21 @@ def cached(name: str, key: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tu
     Raises:
         DataError: The cache folder cannot be written.
     """
-    folder = cache_folder()
-    images_file, labels_file = (
-        folder / f"{name}-{key}-images.npy",
-        folder / f"{name}-{key}-labels.npy",
+    images_file, labels_file, digest_file = (
+        cache_folder() / f"{name}-{key}-{part}"
+        for part in ("images.npy", "labels.npy", "digest.txt")
     )
     try:
-        return _map(images_file), torch.from_numpy(np.load(labels_file, allow_pickle=False))
+        labels = torch.from_numpy(np.load(labels_file, allow_pickle=False))
+        return Decoded(_map(images_file), labels, digest_file.read_text("ascii"))
     except (OSError, ValueError, EOFError):
         pass  # absent or damaged: made anew
     images, labels = make()
+    digest = digest_of(images, labels)
     write_atomically(images_file, _writer(images))
     write_atomically(labels_file, _writer(labels))
-    return _map(images_file), labels
+    write_atomically(digest_file, digest.encode("ascii"))
+    return Decoded(_map(images_file), labels, digest)
 
 
 def _map(file: Path) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from onmanifold.data.cache import stamp
+from onmanifold.data.cache import digest_of
 from onmanifold.data.corruptions import CORRUPTIONS, SEVERITIES, check_severity
 from onmanifold.data.dataset import Dataset
 from onmanifold.data.locations import data_folder
@@ -71,12 +71,12 @@ def _load(
     part = slice((severity - 1) * count, severity * count)
     # Copied, and so all read now: a file that is damaged is met here, and not in the middle of an evaluation.
     pixels = np.array(images[part].transpose(0, 3, 1, 2), order="C")
+    tensors = torch.from_numpy(pixels), torch.from_numpy(labels[part].astype(np.int64))
     return Dataset(
         f"{name} {corruption} {severity}",
-        torch.from_numpy(pixels),
-        torch.from_numpy(labels[part].astype(np.int64)),
+        *tensors,
         SOURCES[clean].classes,
-        f"{name}-{corruption}-{severity}-{stamp([images_file, labels_file])}",
+        f"{name}-{corruption}-{severity}-{digest_of(*tensors)}",
     )
 
 

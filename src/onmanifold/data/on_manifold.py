@@ -78,7 +78,7 @@ def load_on_manifold(
             return _decode(generator, codes), labels
         return _pictures(files, images), labels
 
-    pixels, _ = cached(f"on_manifold-{split}-{images}", digest, make)
+    pixels = cached(f"on_manifold-{split}-{images}", digest, make).images
     return Dataset(
         name=_NAMES[images].format(dataset=header.dataset, manifold=header.manifold),
         images=pixels,

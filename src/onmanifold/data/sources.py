@@ -106,7 +106,6 @@ for _name, _source in SOURCES.items():
 
 def _load_parquet(name: str, source: Source, split: Split) -> Dataset:
     files = _find(name, source, split)
-    key = stamp(files, source)
 
     def decode() -> tuple[Tensor, Tensor]:
         # File by file: the compressed images of one at a time are in memory.
@@ -118,7 +117,7 @@ def _load_parquet(name: str, source: Source, split: Split) -> Dataset:
             [labels for _, labels in parts]
         )
 
-    images, labels = cached(f"{name}-{split}", key, decode)
+    images, labels, digest = cached(f"{name}-{split}", stamp(files, source), decode)
     low, high = int(labels.min()), int(labels.max())
     if low == 1 and high == len(source.classes):
         # The letters of EMNIST are numbered from 1.
@@ -128,7 +127,7 @@ def _load_parquet(name: str, source: Source, split: Split) -> Dataset:
             f"{files[0]}: column {source.label!r} holds labels {low} to {high}, expected 0 to "
             f"{len(source.classes) - 1}."
         )
-    return Dataset(name, images, labels, source.classes, f"{name}-{split}-{key}")
+    return Dataset(name, images, labels, source.classes, f"{name}-{split}-{digest}")
 
 
 def _decode_file(file: Path, source: Source) -> tuple[Tensor, Tensor]:
@@ -238,16 +237,15 @@ def load_image_folder(
     files, numbers = [files[i] for i in order], [numbers[i] for i in order]
     if not files:
         raise DataError(f"imagefolder: {root} holds no image ({', '.join(_ENDINGS)}).")
-    key = stamp(files, root, size, grey)
-    images, labels = cached(
+    images, labels, digest = cached(
         f"imagefolder-{split}",
-        key,
+        stamp(files, root, size, grey),
         lambda: (
             decode_all(files, "L" if grey else "RGB", size, str(root)),
             torch.tensor(numbers, dtype=torch.int64),
         ),
     )
-    return Dataset(root.name, images, labels, tuple(classes), f"imagefolder-{split}-{key}")
+    return Dataset(root.name, images, labels, tuple(classes), f"imagefolder-{split}-{digest}")
 
 
 def _images_in(folder: Path) -> Sequence[Path]:

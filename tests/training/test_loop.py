@@ -343,6 +343,31 @@ def test_attacks_in_bfloat16(network, dataset):
     )
 
 
+def test_a_compiled_training_is_the_same(network, dataset, monkeypatch):
+    # The eager backend stands for the real one, which needs a C++ compiler and minutes.
+    compiled, compile_ = [], torch.compile
+
+    def eager(model, **options):
+        compiled.append(model)
+        return compile_(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", eager)
+    plain, fast = (
+        train(
+            AdversarialTraining(pgd()),
+            copy.deepcopy(network),
+            dataset,
+            TrainingConfig(**{**vars(QUICK), "compile": flag}),
+        )
+        for flag in (False, True)
+    )
+    # The network itself, and the copy that is attacked.
+    assert len(compiled) == 2
+    pairs = zip(plain.classifier.parameters(), fast.classifier.parameters(), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in pairs)
+    assert not any("orig_mod" in name for name in fast.classifier.state_dict())
+
+
 @dataclass(frozen=True)
 class Breaking(Method):
     """Cross-entropy, multiplied by a factor in one step of the second epoch."""

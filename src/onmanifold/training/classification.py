@@ -48,20 +48,26 @@ class Classification(Task):
                 )
         super().__init__(classifier, {"classifier": classifier, **self.others})
         self.method, self.config, self.rates = method, config, method.rates()
+        self._compiled = torch.compile(classifier) if config.compile else classifier
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) in the precision of the training, as the default dtype."""
         with self.autocast():
-            logits: Tensor = self.model(images)
+            logits: Tensor = self._compiled(images)
         return logits.to(torch.get_default_dtype())
 
     def turns(self, batch: Batch, place: Place, record: Record) -> Iterator[Turn]:
         """The method's losses."""
         images, labels, codes, indices = batch
-        precision = self.config.attack_precision
         step = Step(
             *(self.forward, self.model, images, labels, codes, indices),
-            *(place.epoch, place.seed, precision, self.others, (place.share, place.summed)),
+            *(
+                place.epoch,
+                place.seed,
+                self.config.engine,
+                self.others,
+                (place.share, place.summed),
+            ),
         )
         yield from self.method.turns(step)
         record.add("accuracy", step.correct, step.counted)
@@ -75,9 +81,8 @@ class Classification(Task):
         if held_out is not None:
             chosen = self.config.validation_attack
             attacks = self.method.attacks if chosen is None else [chosen]
-            precision = self.config.attack_precision
             clean, robust = validate(
-                model, held_out, attacks, seed=seed, precision=precision, share=share
+                model, held_out, attacks, seed=seed, engine=self.config.engine, share=share
             )
         return {"accuracy": clean, "robust_accuracy": robust}
 

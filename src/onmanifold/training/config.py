@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from onmanifold.attacks import Attack
-from onmanifold.attacks.engine import Precision
+from onmanifold.attacks.engine import Engine, Precision
 from onmanifold.data.augment import Augmentation
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import Component, describe
 from onmanifold.training.schedules import SCHEDULES, Exponential, Schedule
 
-_WITHOUT_EFFECT = ("checkpoint_epochs", "checkpoint_minutes", "loss_limit", "threads")
+_WITHOUT_EFFECT = ("checkpoint_epochs", "checkpoint_minutes", "compile", "loss_limit", "threads")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class TrainingConfig(Component):
             and kept. None: no average.
         precision: "32-true", "bf16-mixed" (bfloat16 autocast) or "64-true".
         attack_precision: "32" or "bf16" for the attacks in training; None: as each attack's engine says.
+        compile: Whether to compile the classifier with torch.compile, in training and for the attacks: slow at
+            first, then faster on a GPU.
         augmentation: Flips and crops, such as ``{flip: true, crop_padding: 4}``; None: none. Augmented images
             lose their stored codes, which are no longer theirs.
         validation_fraction: Share of the training images that is held out to choose the best checkpoint.
@@ -65,6 +67,7 @@ class TrainingConfig(Component):
     ema: float | None = None
     precision: Literal["32-true", "bf16-mixed", "64-true"] = "32-true"
     attack_precision: Precision | None = None
+    compile: bool = False
     augmentation: Augmentation | None = None
     validation_fraction: float = 0.05
     validation_attack: Attack | None = None
@@ -102,6 +105,11 @@ class TrainingConfig(Component):
     def identity(self) -> dict[str, Any]:
         """The fields that decide what comes out of a training, and not only how it is run."""
         return {key: value for key, value in describe(self).items() if key not in _WITHOUT_EFFECT}
+
+    def engine(self, own: Engine) -> Engine:
+        """How an attack in the training runs the model: its own way, but for what is set here."""
+        precision = own.precision if self.attack_precision is None else self.attack_precision
+        return replace(own, precision=precision, compile=own.compile or self.compile)
 
     def _check_choices(self) -> None:
         self._check("schedule", isinstance(self.schedule, Schedule), "a schedule")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from onmanifold.attacks import Attack
-from onmanifold.attacks.engine import Precision
+from onmanifold.attacks.engine import Engine
 from onmanifold.foundation.modules import dtype_of
 from onmanifold.training.task import Share
 
@@ -28,7 +27,7 @@ def validate(
     attacks: Sequence[Attack],
     *,
     seed: int,
-    precision: Precision | None = None,
+    engine: Callable[[Engine], Engine],
     share: Share = _ALONE,
 ) -> tuple[float, float | None]:
     """Accuracy on clean images, and the share of images that withstand each of the attacks.
@@ -38,7 +37,7 @@ def validate(
         dataset: Held-out images.
         attacks: None: there is no robust accuracy.
         seed: Of the attacks; the same in each epoch, so that epochs can be compared.
-        precision: Of the attacks; None: as each says.
+        engine: How attacks run the model, from how they would by themselves.
         share: The part of this process.
 
     Returns:
@@ -56,9 +55,6 @@ def validate(
             rows = standing.nonzero().squeeze(1)
             if not len(rows):
                 break
-            engine = (
-                attack.engine if precision is None else replace(attack.engine, precision=precision)
-            )
             examples = attack.examples(
                 classifier,
                 images[rows],
@@ -66,7 +62,7 @@ def validate(
                 codes=None if codes is None else codes[rows],
                 seed=seed,
                 indices=indices[rows],
-                engine=engine,
+                engine=engine(attack.engine),
             )
             standing[rows] = classifier(examples).argmax(1) == labels[rows]
         counts[1] += standing.sum().cpu()

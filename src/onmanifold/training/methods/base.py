@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onmanifold.attacks import Attack
-from onmanifold.attacks.engine import Precision
+from onmanifold.attacks.engine import Engine
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS, Component
 from onmanifold.objectives import Objective
@@ -21,6 +21,11 @@ from onmanifold.training.task import Turn
 def _alone(tensor: Tensor) -> Tensor:
     """The sum over one process."""
     return tensor
+
+
+def _own(engine: Engine) -> Engine:
+    """An attack's own engine."""
+    return engine
 
 
 @dataclass
@@ -37,7 +42,7 @@ class Step:
         indices: (B,) int64, stable over epochs.
         epoch: From 0.
         seed: Of all that is random in this step; another in each epoch.
-        attack_precision: The precision of attacks ("32" or "bf16"); None: as each attack says.
+        engine: How attacks run the model here, from how they would by themselves.
         players: The method's own networks, by name, in train mode.
         share: Of this process in the images of the step, and the sum over the processes.
         given: Examples that were made before, in order, for a step that is looked at `again`.
@@ -54,7 +59,7 @@ class Step:
     indices: Tensor
     epoch: int
     seed: int
-    attack_precision: Precision | None = None
+    engine: Callable[[Engine], Engine] = _own
     players: Mapping[str, nn.Module] = field(default_factory=dict)
     share: tuple[float, Callable[[Tensor], Tensor]] = (1.0, _alone)
     given: Iterator[Tensor] | None = None
@@ -85,9 +90,6 @@ class Step:
         """
         if self.given is not None:
             return next(self.given)
-        engine = attack.engine
-        if self.attack_precision is not None:
-            engine = replace(engine, precision=self.attack_precision)
         known = self.codes is not None and images is None
         found = attack.examples(
             self.classifier if model is None else model,
@@ -96,7 +98,7 @@ class Step:
             codes=self.codes[rows] if self.codes is not None and known else None,
             seed=self.seed,
             indices=self.indices[rows],
-            engine=engine,
+            engine=self.engine(attack.engine),
             soft_labels=soft_labels,
         )
         self.made.append(found)

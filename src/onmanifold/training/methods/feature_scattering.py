@@ -92,9 +92,10 @@ class FeatureScattering(Method):
         """Scattered images (B, C, H, W); those of before where the step is looked at again."""
         if step.given is not None:
             return next(step.given)
-        engine = Engine(precision=step.attack_precision or "32")
         images = step.images
-        with frozen(step.classifier, images, engine, seed=step.seed, check=False) as network:
+        with frozen(
+            step.classifier, images, step.engine(Engine()), seed=step.seed, check=False
+        ) as network:
             with torch.no_grad():
                 threat = self.threat.facing(unwrapped(step.classifier), images)
                 region = threat.around(images, step.labels, step.codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -72,6 +73,18 @@ def test_results_on_disk(first):
     assert "DMAT helps" in page
     assert "http://" not in page
     assert {path.suffix for path in (first / "figures").iterdir()} == {".svg", ".png"}
+
+
+def test_robust_overfitting_is_a_column_for_claims(tmp_path, first):
+    claims = [{"claim": "falls", "lhs": ["DMAT", "robust overfitting"], "relation": "<", "rhs": 3}]
+    experiment = load_experiment({**TINY, "claims": claims})
+    results = run(experiment, tmp_path, store=first / "store", device="cpu")
+    falls = []
+    for file in (first / "store" / "training").glob("dmat-*/result.json"):
+        robust = [e["validation_robust_accuracy"] for e in json.loads(file.read_text())["history"]]
+        falls.append(100 * (max(robust) - robust[-1]))
+    assert len(falls) == 2
+    assert results.judgements[0].findings[0].lhs == pytest.approx(sum(falls) / 2)
 
 
 def test_ledger_has_a_row_per_method_seed_sample_and_attack(first):

@@ -76,6 +76,19 @@ def test_seeds_judge_by_the_spread_between_trainings():
     assert verdict(noisy, lhs=["A", "standard"], rhs=["B", "standard"]).verdict == "within noise"
 
 
+def test_one_share_of_one_seed_says_nothing_and_of_several_their_spread():
+    comparison = {"lhs": ["A", "fell"], "relation": "<", "rhs": ["B", "fell"]}
+    one = {("A", "fell"): [np.array([0.02])], ("B", "fell"): [np.array([0.1])]}
+    finding = verdict(one, **comparison).findings[0]
+    assert (finding.lhs, finding.rhs, finding.excess) == pytest.approx((2, 10, 8))
+    assert finding.verdict == "within noise"
+    three = {
+        ("A", "fell"): [np.array([fall]) for fall in (0.02, 0.03, 0.02)],
+        ("B", "fell"): [np.array([fall]) for fall in (0.1, 0.1, 0.11)],
+    }
+    assert verdict(three, **comparison).verdict == "holds"
+
+
 def test_claim_holds_only_if_all_comparisons_do():
     good = {"lhs": ["A", "standard"], "rhs": ["B", "standard"]}
     bad = {"lhs": ["B", "standard"], "rhs": ["A", "standard"]}

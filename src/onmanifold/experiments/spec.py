@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 from onmanifold.evaluation.ledger import STANDARD, WORST_CASE
 from onmanifold.foundation.errors import ConfigError, DataError
 from onmanifold.foundation.registry import Context, build_component, nearest
-from onmanifold.reports.claims import Claim
+from onmanifold.reports.claims import OVERFITTING, Claim
 
 Mapped = dict[str, Any]
 
@@ -308,8 +308,7 @@ def _check_names(experiment: Experiment, label: str) -> Experiment:
                 raise ConfigError(
                     f"{place}: unknown method {method!r}.{nearest(method, experiment.methods)}"
                 )
-            if column not in experiment.columns:
-                raise ConfigError(
-                    f"{place}: unknown attack {column!r}.{nearest(column, experiment.columns)}"
-                )
+            known = [*experiment.columns, OVERFITTING]
+            if column not in known:
+                raise ConfigError(f"{place}: unknown column {column!r}.{nearest(column, known)}")
     return experiment

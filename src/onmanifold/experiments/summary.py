@@ -23,7 +23,7 @@ from onmanifold.experiments.setup import Setup
 from onmanifold.experiments.store import Run
 from onmanifold.foundation.files import write_atomically, write_json
 from onmanifold.reports import figures
-from onmanifold.reports.claims import Cell, Judgement, judge
+from onmanifold.reports.claims import OVERFITTING, Cell, Judgement, judge
 from onmanifold.reports.html import Page, Picture, RunRecord, format_seconds, render_page
 from onmanifold.reports.tables import Table
 
@@ -114,7 +114,8 @@ def summarise(
     evaluations = [Evaluation.load(job.evaluation.folder / "ledger.parquet") for job in finished]
     outcomes = _outcomes(setup, finished, evaluations)
     table = Table.of(experiment.methods, experiment.columns, outcomes)
-    judgements = judge(experiment.claims, _outcomes(setup, *_paired(finished, evaluations)))
+    paired = _paired(finished, evaluations)
+    judgements = judge(experiment.claims, {**_outcomes(setup, *paired), **_overfitting(paired[0])})
     results = Results(table, judgements, [job.record() for job in jobs], out)
 
     if evaluations:
@@ -172,6 +173,18 @@ def _outcomes(
                 correct = evaluation.correct(column)
             outcomes.setdefault((job.method, column), []).append(correct)
     return outcomes
+
+
+def _overfitting(finished: Sequence[Trained]) -> dict[Cell, list[NDArray[np.float64]]]:
+    """Robust overfitting of each method and seed, of those that measure robust accuracy while they train."""
+    fallen: dict[Cell, list[NDArray[np.float64]]] = {}
+    for job in finished:
+        history = job.training.result()["history"]
+        robust = [entry["validation_robust_accuracy"] for entry in history]
+        if None not in robust:
+            drop = np.array([max(robust) - robust[-1]])
+            fallen.setdefault((job.method, OVERFITTING), []).append(drop)
+    return fallen
 
 
 def _joined(finished: Sequence[Trained], evaluations: Sequence[Evaluation]) -> pa.Table:

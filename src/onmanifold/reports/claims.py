@@ -1,4 +1,4 @@
-"""Claims: comparisons of accuracies, stated in an experiment file and judged from its results."""
+"""Claims: comparisons of what was measured, stated in an experiment file and judged from its results."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ Cell = tuple[str, str]
 
 Outcomes = Mapping[Cell, Sequence[NDArray[np.bool_]]]
 """For each cell and each seed: which test images were classified correctly, (N,)."""
+
+Measured = Mapping[Cell, Sequence[NDArray[np.bool_ | np.float64]]]
+"""The same, and cells that hold one share for each seed, (1,)."""
+
+OVERFITTING = "robust overfitting"
+"""A column for claims alone: how far robust accuracy on held-out images fell from its best epoch to the last."""
 
 CONFIDENCE = 0.95
 
@@ -219,7 +225,7 @@ class Judgement:
         return next((verdict for verdict in order if verdict in verdicts), "holds")
 
 
-def judge(claims: Iterable[Claim], outcomes: Outcomes) -> list[Judgement]:
+def judge(claims: Iterable[Claim], outcomes: Measured) -> list[Judgement]:
     """Judge claims by what was measured.
 
     The same images are used for both sides, so a difference is taken image by image. With one seed the
@@ -232,7 +238,7 @@ def judge(claims: Iterable[Claim], outcomes: Outcomes) -> list[Judgement]:
     ]
 
 
-def _find(comparison: Comparison, outcomes: Outcomes) -> Finding:
+def _find(comparison: Comparison, outcomes: Measured) -> Finding:
     lhs, rhs = comparison.sides("claim")
     cells = [*lhs.weights, *rhs.weights]
     seeds = min((len(outcomes.get(cell, ())) for cell in cells), default=0)
@@ -246,7 +252,9 @@ def _find(comparison: Comparison, outcomes: Outcomes) -> Finding:
     excess = [sign * (a - b) - comparison.margin for a, b in zip(left, right, strict=True)]
     if seeds > 1:
         _, low, high, *_ = statistics.mean_interval([float(v.mean()) for v in excess], CONFIDENCE)
-    elif list(lhs.weights.values()) == list(rhs.weights.values()) == [1.0]:
+    elif list(lhs.weights.values()) == list(rhs.weights.values()) == [1.0] and all(
+        outcomes[cell][0].dtype == np.bool_ for cell in cells
+    ):
         first, second = cells if sign > 0 else reversed(cells)
         pair = statistics.compare_paired(outcomes[first][0], outcomes[second][0], CONFIDENCE)
         low, high = (100 * end - comparison.margin for end in (pair.low, pair.high))
@@ -256,8 +264,8 @@ def _find(comparison: Comparison, outcomes: Outcomes) -> Finding:
     return Finding(*words, statistics.verdict(low, high), means[0], means[1], means[2], low, high)
 
 
-def _per_image(side: Side, outcomes: Outcomes, seed: int) -> NDArray[np.float64]:
-    """A side's value on each image, (N,) or (1,) in percent; its mean is the side's value."""
+def _per_image(side: Side, outcomes: Measured, seed: int) -> NDArray[np.float64]:
+    """A side's value on each image, (N,), or (1,), in percent; its mean is the side's value."""
     total = np.full(1, side.constant)
     for cell, weight in side.weights.items():
         total = total + 100.0 * weight * np.asarray(outcomes[cell][seed], dtype=np.float64)

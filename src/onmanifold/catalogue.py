@@ -19,6 +19,7 @@ KINDS = {
     "METHODS": "method",
     "FITS": "fit",
     "SCHEDULES": "schedule",
+    "ANALYSES": "analysis",
 }
 """Names of the registries in the source, and the kinds that they hold."""
 

@@ -24,7 +24,16 @@ from onmanifold.cli_options import (
     StoreOption,
     Threads,
 )
-from onmanifold.cli_output import called, complain, explained, present, say, show, width
+from onmanifold.cli_output import (
+    called,
+    complain,
+    explained,
+    present,
+    present_findings,
+    say,
+    show,
+    width,
+)
 
 if TYPE_CHECKING:
     from onmanifold.experiments.setup import Setup
@@ -310,6 +319,33 @@ def project(
     found = run_projection(spec, out, device=device, bars=sys.stderr.isatty())
     show(reconstruction_table(found))
     typer.echo(f"On-manifold dataset: {found.directory}")
+
+
+@app.command()
+@explained
+def analyse(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="ANALYSIS", help="An analysis file (YAML), or an analysis such as theory."
+        ),
+    ],
+    overrides: Overrides = None,
+    out: Out = None,
+    device: DeviceOption = "auto",
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Ask a question of theory, manifolds or classifiers: tables, figures, and what holds."""
+    from onmanifold.experiments.analyses.run import load_analysis, run_analysis
+
+    _use_threads(threads)
+    spec = load_analysis(source, overrides or ())
+    folder = Path("runs") / spec.name if out is None else out
+    found = run_analysis(
+        spec, folder, device=device, say=say, bars=sys.stderr.isatty(), command=called()
+    )
+    present_findings(found, folder)
 
 
 @app.command()

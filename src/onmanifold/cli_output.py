@@ -6,11 +6,13 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
+    from onmanifold.experiments.analyses.base import Findings
     from onmanifold.experiments.summary import Results
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -69,6 +71,40 @@ def show(*items: Any) -> None:
         console.print(item)
 
 
+_COLOURS = {"holds": "green", "does not hold": "red"}
+
+
+def _judged(text: str, verdict: str) -> str:
+    """A statement and its verdict, with markup."""
+    from rich.markup import escape
+
+    colour = _COLOURS.get(verdict, "yellow")
+    return f"\n[bold]{escape(text)}[/bold]: [bold {colour}]{verdict}[/bold {colour}]"
+
+
+def present_findings(findings: Findings, folder: Path) -> None:
+    """Tables and statements of an analysis, and where its files are."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from onmanifold.reports.html import format_number
+
+    for name, data in findings.tables.items():
+        table = Table(title=name.replace("_", " "), box=None, title_justify="left")
+        for column in data.columns:
+            table.add_column(escape(str(column)))
+        for row in data.head(findings.shown).itertuples(index=False):
+            table.add_row(*(escape(format_number(cell)) for cell in row))
+        show("", table)
+        if len(data) > findings.shown:
+            show(f"[dim]… {len(data):,} rows in {folder / f'{name}.csv'}[/dim]")
+    for statement in findings.statements:
+        show(
+            _judged(statement.text, statement.verdict), f"  [dim]{escape(statement.numbers)}[/dim]"
+        )
+    show(f"\nPage: {folder / 'analysis.html'}", f"Figures: {folder / 'figures'}")
+
+
 def present(results: Results) -> None:
     """Table, claims and where the files are; exit code 1 where a run failed."""
     from rich.markup import escape
@@ -76,12 +112,8 @@ def present(results: Results) -> None:
     from onmanifold.reports.html import format_signed
 
     show("", results.table.to_rich(width()))
-    colours = {"holds": "green", "does not hold": "red"}
     for judgement in results.judgements:
-        colour = colours.get(judgement.verdict, "yellow")
-        show(
-            f"\n[bold]{escape(judgement.claim.text)}[/bold]: [bold {colour}]{judgement.verdict}[/bold {colour}]"
-        )
+        show(_judged(judgement.claim.text, judgement.verdict))
         for finding in judgement.findings:
             numbers = "not measured"
             if finding.verdict != "not measured":

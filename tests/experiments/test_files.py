@@ -10,7 +10,8 @@ from onmanifold.experiments.spec import load_experiment, read_yaml
 from onmanifold.foundation.registry import CLASSIFIERS, DATASETS, MANIFOLDS
 from onmanifold.manifolds import build_manifold
 
-FILES = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))
+ALL = (Path(__file__).parents[2] / "experiments").rglob("*.yaml")
+FILES = sorted(path for path in ALL if path.parent.name != "analyses")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -28,7 +28,7 @@ from onmanifold.reports.html import Page, Picture, RunRecord, format_seconds, re
 from onmanifold.reports.tables import Table
 
 _EXAMPLES = 5
-_PANELS = {
+TRAINING_PANELS = {
     "training loss": ("train_loss", 1.0),
     "validation accuracy (%)": ("validation_accuracy", 100.0),
     "robust validation accuracy (%)": ("validation_robust_accuracy", 100.0),
@@ -270,7 +270,7 @@ def _draw(setup: Setup, jobs: Sequence[Trained], table: Table, folder: Path) -> 
         ]
         for method in table.rows
     }
-    curves = figures.training_figure(histories, _PANELS)
+    curves = figures.training_figure(histories, TRAINING_PANELS)
     if curves is not None:
         caption = (
             "Each method while it is trained. Validation images are held out from the training images. Robust: "

@@ -109,3 +109,12 @@ def format_signed(value: float) -> str:
     if float(text) == 0:
         return "0.0"
     return ("−" if value < 0 else "+") + text
+
+
+def format_number(value: object) -> str:
+    """A cell of a table for people: four significant digits.
+
+    >>> format_number(0.123456), format_number(12), format_number("a"), format_number(1234567.0)
+    ('0.1235', '12', 'a', '1.235e+06')
+    """
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,3 @@
+"""The analyses by name: what `onmanifold analyse` runs. Each module registers its own."""
+
+from onmanifold.experiments.analyses import curves as curves

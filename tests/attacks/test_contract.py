@@ -373,5 +373,6 @@ def test_on_a_gpu(threat, make_attack, batch, own_net, plane, squashed, precisio
     assert torch.equal(model(result.images).argmax(1) != on_gpu.labels, result.success)
     assert torch.equal(torch.cuda.get_rng_state(), generator)
     on_cpu = run(attack, own_net(), good, dtype=torch.float32)
-    difference = result.success.float().mean().cpu() - on_cpu.success.float().mean()
-    assert difference.abs() <= (0.01 if precision == "32" else 0.03)
+    difference = int(result.success.sum()) - int(on_cpu.success.sum())
+    # Of 200.
+    assert abs(difference) <= (2 if precision == "32" else 6)

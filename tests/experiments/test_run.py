@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from onmanifold.experiments import summary
 from onmanifold.experiments.runner import report_only, run
 from onmanifold.experiments.spec import load_experiment
 
@@ -85,6 +86,13 @@ def test_robust_overfitting_is_a_column_for_claims(tmp_path, first):
         falls.append(100 * (max(robust) - robust[-1]))
     assert len(falls) == 2
     assert results.judgements[0].findings[0].lhs == pytest.approx(sum(falls) / 2)
+
+
+def test_pictures_show_a_few_of_many_methods(tmp_path, first, monkeypatch):
+    monkeypatch.setattr(summary, "_SHOWN_METHODS", 1)
+    run(load_experiment(TINY), tmp_path, store=first / "store", device="cpu")
+    assert "The first 1 of 2 methods." in (tmp_path / "report.html").read_text()
+    assert "of 2 methods" not in (first / "report.html").read_text()
 
 
 def test_ledger_has_a_row_per_method_seed_sample_and_attack(first):

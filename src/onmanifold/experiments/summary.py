@@ -28,6 +28,9 @@ from onmanifold.reports.html import Page, Picture, RunRecord, format_seconds, re
 from onmanifold.reports.tables import Table
 
 _EXAMPLES = 5
+# More would be too small to see, and each is attacked again.
+_SHOWN_METHODS = 8
+
 TRAINING_PANELS = {
     "training loss": ("train_loss", 1.0),
     "validation accuracy (%)": ("validation_accuracy", 100.0),
@@ -261,6 +264,8 @@ def _draw(setup: Setup, jobs: Sequence[Trained], table: Table, folder: Path) -> 
             "classifier sees in it (✗ where it is fooled), and how far each pixel moved. One scale serves all "
             "methods, so a brighter picture is a stronger perturbation."
         )
+        if len(table.rows) > _SHOWN_METHODS:
+            caption += f" The first {_SHOWN_METHODS} of {len(table.rows)} methods."
         keep(f"examples-{number}", figures.examples_figure(examples, attack), attack, caption)
     histories = {
         method: [
@@ -282,11 +287,10 @@ def _draw(setup: Setup, jobs: Sequence[Trained], table: Table, folder: Path) -> 
 
 def _examples(setup: Setup, jobs: Sequence[Trained]) -> figures.Examples:
     """The same few test images, attacked on each method's classifier of the first seed."""
-    chosen = {
-        job.method: load_classifier(job.classifier)
-        for job in jobs
-        if job.evaluation.finished and job.seed == setup.experiment.seeds[0]
-    }
+    finished = [
+        job for job in jobs if job.evaluation.finished and job.seed == setup.experiment.seeds[0]
+    ]
+    chosen = {job.method: load_classifier(job.classifier) for job in finished[:_SHOWN_METHODS]}
     positions = _choose(setup, jobs)
     batch = setup.test.batch(positions)
     classes = setup.test.classes

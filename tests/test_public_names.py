@@ -70,6 +70,7 @@ NAMES = [
     "ProjectedAdam",
     "ProjectionConfig",
     "Quality",
+    "RLAT",
     "RandomPerturbation",
     "RandomPerturbationTraining",
     "RayS",

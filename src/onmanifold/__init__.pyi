@@ -90,6 +90,7 @@ from .training import DMAT as DMAT
 from .training import IAT as IAT
 from .training import IJSAT as IJSAT
 from .training import MART as MART
+from .training import RLAT as RLAT
 from .training import SAM as SAM
 from .training import TRADES as TRADES
 from .training import VAT as VAT

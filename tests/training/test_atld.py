@@ -493,6 +493,19 @@ def test_wrong_discriminators():
         Discriminator(3, 3, reads="x")
 
 
+def test_a_compiled_classifier_shows_its_features(dataset):
+    classifier = make_classifier()
+    compiled = torch.compile(classifier, backend="eager")
+    # As in the first epochs of a staged training: made without the hook, it would not call it later.
+    images = make_step(METHOD, classifier, dataset).images
+    compiled(torch.cat([images, images]))
+    plain = make_step(METHOD, copy.deepcopy(classifier), dataset)
+    expected = [next(iter(turn.values())) for turn in METHOD.turns(plain)]
+    found = METHOD.turns(replace(make_step(METHOD, classifier, dataset), model=compiled))
+    for turn, loss in zip(found, expected, strict=True):
+        torch.testing.assert_close(next(iter(turn.values())), loss)
+
+
 @pytest.mark.parametrize("reads", ["last_hidden", "logits"])
 def test_attacks_prepare_classifier_and_discriminator_once(dataset, reads):
     """A composition made anew in each step would be traced anew, which costs more than the attack."""

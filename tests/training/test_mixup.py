@@ -1,6 +1,7 @@
 """Mixed images: their distribution, and each method against a plain, slow reference."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,16 @@ def test_manifold_mixup_chooses_among_all_parts(network, fresh_dataset):
         chosen.add(int(place))
         ManifoldMixup().loss(step)
     assert chosen == set(range(7))
+
+
+def test_a_compiled_classifier_mixes_in_each_step(network, dataset):
+    compiled, method = torch.compile(network, backend="eager"), ManifoldMixup(layers=("2",))
+    # As in a step that mixes the images themselves: made without mixing, it would know of none later.
+    compiled(make_step(network, dataset).images)
+    for seed in range(3):
+        step = make_step(network, dataset, seed=seed)
+        expected = method.loss(step)
+        torch.testing.assert_close(method.loss(replace(step, model=compiled)), expected)
 
 
 def test_manifold_mixup_of_a_classifier_names_its_body(dataset):

@@ -19,6 +19,7 @@ from onmanifold.training import (
     IAT,
     IJSAT,
     MART,
+    RLAT,
     SAM,
     TRADES,
     VAT,
@@ -107,6 +108,7 @@ def cases(tint):
         "sam": SAM(dual, 0.3),
         "awp": AWP(VAT(0.2), 0.05),
         "staged": Staged(AdversarialTraining(both), epochs=1),
+        "rlat": SAM(RLAT(0.5), 0.1),
     }
     # These mix the samples of a batch, of which each process has its own.
     mixing = {
@@ -139,7 +141,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["dual", "half", "trades", "mart", "worst", "atld", "sam", "awp", "staged"]
+    "name", ["dual", "half", "trades", "mart", "worst", "atld", "sam", "awp", "staged", "rlat"]
 )
 def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_dataset, tint, name):
     """Batches of 24 and 25 images: the shares of the two processes differ in size."""

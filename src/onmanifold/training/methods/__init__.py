@@ -10,6 +10,7 @@ from onmanifold.training.methods.label_smoothing import LabelSmoothing
 from onmanifold.training.methods.mixup import IAT, IJSAT, InputMixup, ManifoldMixup
 from onmanifold.training.methods.normal import Normal
 from onmanifold.training.methods.random_perturbation import RandomPerturbationTraining
+from onmanifold.training.methods.rlat import RLAT
 from onmanifold.training.methods.several import JointAdversarialTraining, Staged
 from onmanifold.training.methods.trades import MART, TRADES
 from onmanifold.training.methods.virtual_adversarial import VAT
@@ -22,6 +23,7 @@ __all__ = [
     "IAT",
     "IJSAT",
     "MART",
+    "RLAT",
     "SAM",
     "TRADES",
     "VAT",

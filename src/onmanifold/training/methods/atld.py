@@ -223,6 +223,8 @@ def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     try:
-        yield found
+        # A classifier that was compiled in a pass without the hook would not call it.
+        with torch.compiler.set_stance("force_eager"):
+            yield found
     finally:
         hook.remove()

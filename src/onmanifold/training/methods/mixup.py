@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from scipy.special import betaincinv
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from onmanifold.attacks import Attack
@@ -19,6 +18,7 @@ from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
 from onmanifold.objectives import Objective
 from onmanifold.training.methods.base import Method, Step, check_attack, check_weight, persistent
+from onmanifold.training.methods.layers import changed_outputs, parts
 
 
 @dataclass(frozen=True)
@@ -115,44 +115,15 @@ class ManifoldMixup(Method):
 
     def loss(self, step: Step) -> Tensor:
         mixture = Mixture.draw(self.concentration, step, "mixup")
-        layers = self.layers or _parts(step.classifier)
+        layers = self.layers or ("", *parts(step.classifier))
         place = randomness.integers(step.seed, step.indices[:1], len(layers), stream="layer")
         layer = layers[int(place)]
         if layer == "":
             logits = step.logits(mixture(step.images))
         else:
-            with _mixing(step.classifier, layer, mixture):
+            with changed_outputs(step.classifier, {layer: mixture}):
                 logits = step.logits(step.images)
         return _mixed_loss(logits, mixture, step.labels)
-
-
-def _parts(classifier: nn.Module) -> tuple[str, ...]:
-    """The input and the direct parts of a classifier before its last."""
-    body = getattr(classifier, "body", None)
-    if isinstance(body, nn.Module):
-        names = [f"body.{name}" for name, _ in body.named_children()]
-    else:
-        names = [name for name, _ in classifier.named_children()][:-1]
-    return ("", *names)
-
-
-@contextmanager
-def _mixing(classifier: nn.Module, layer: str, mixture: Mixture) -> Iterator[None]:
-    """The output of one submodule is mixed."""
-    modules = dict(classifier.named_modules())
-    if layer not in modules:
-        raise ConfigError(f"layers: {type(classifier).__name__} has no submodule {layer!r}.")
-
-    def mix(module: nn.Module, given: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise ConfigError(f"layers: {layer!r} gives no tensor, which could be mixed.")
-        return mixture(output)
-
-    handle = modules[layer].register_forward_hook(mix)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @METHODS.register("iat")

@@ -65,7 +65,14 @@ class ATLD(Method):
     descends (s/2) · MSE of the logits to those of the clean images on a frozen copy in eval mode, s the quotient
     of the largest gradients to the images, |∂CE/∂x'| over |∂MSE/∂x'| (``invariance="logits"``; the code has no
     absolute values). There the classifier is trained on the perturbed images alone, and the discriminator learns
-    on features of the frozen model. Several processes each take their own s.
+    on features of the frozen model; in the code those of perturbed images are of the model in train mode, which
+    batch norm alone tells apart. Several processes each take their own s.
+
+    That variant feeds on itself where there is batch norm: the frozen copy's logits, by running statistics that
+    lag behind the batch's own, are the larger ones, and draw the others after them. On 5,000 images of
+    Fashion-MNIST (`conv_net`, radius 0.1, 5 epochs, Adam at 0.01, seed 0) logits passed 1000 while s stayed below
+    1, and it ended at 13 % accuracy and 5 % under PGD-20; the paper's loss ended at 75 % and 36 %, and the code's
+    with clean logits in train mode at 62 % and 20 %.
 
     Its published accuracies are those under weak attacks, which label smoothing alone withstands without being
     robust (arXiv:2009.08233), and of the defence `IMT` without adaptive attacks on it (Croce et al. 2022,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import yaml
 from onmanifold.experiments import summary
 from onmanifold.experiments.runner import report_only, run
 from onmanifold.experiments.spec import load_experiment
+from onmanifold.foundation.files import write_atomically
 
 TINY = {
     "name": "tiny",
@@ -86,6 +88,22 @@ def test_robust_overfitting_is_a_column_for_claims(tmp_path, first):
         falls.append(100 * (max(robust) - robust[-1]))
     assert len(falls) == 2
     assert results.judgements[0].findings[0].lhs == pytest.approx(sum(falls) / 2)
+
+
+def test_a_claim_is_judged_by_the_seeds_of_its_own_methods(tmp_path, first):
+    store = tmp_path / "store"
+    shutil.copytree(first / "store", store)
+    for file in store.glob("evaluation/dmat-s1-*/result.json"):
+        file.unlink()
+    alone = {"claim": "c", "lhs": ["Normal", "standard"], "relation": ">", "rhs": 0}
+    content = {**TINY, "claims": [*TINY["claims"], alone]}
+    write_atomically(tmp_path / "experiment.yaml", yaml.safe_dump(content).encode())
+    results = report_only(tmp_path, store)
+    # DMAT has finished one seed, normal training both.
+    rows, attack = results.table.rows, results.table.columns.index("PGD-3")
+    with_dmat, without = (judgement.findings[0] for judgement in results.judgements)
+    assert with_dmat.rhs == pytest.approx(rows["Normal"][attack].values[0])
+    assert without.lhs == pytest.approx(sum(rows["Normal"][0].values) / 2)
 
 
 def test_pictures_show_a_few_of_many_methods(tmp_path, first, monkeypatch):

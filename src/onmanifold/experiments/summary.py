@@ -23,7 +23,7 @@ from onmanifold.experiments.setup import Setup
 from onmanifold.experiments.store import Run
 from onmanifold.foundation.files import write_atomically, write_json
 from onmanifold.reports import figures
-from onmanifold.reports.claims import OVERFITTING, Cell, Judgement, judge
+from onmanifold.reports.claims import OVERFITTING, Cell, Claim, Judgement, judge
 from onmanifold.reports.html import Page, Picture, RunRecord, format_seconds, render_page
 from onmanifold.reports.tables import Table
 
@@ -117,8 +117,7 @@ def summarise(
     evaluations = [Evaluation.load(job.evaluation.folder / "ledger.parquet") for job in finished]
     outcomes = _outcomes(setup, finished, evaluations)
     table = Table.of(experiment.methods, experiment.columns, outcomes)
-    paired = _paired(finished, evaluations)
-    judgements = judge(experiment.claims, {**_outcomes(setup, *paired), **_overfitting(paired[0])})
+    judgements = [_judge(setup, claim, finished, evaluations) for claim in experiment.claims]
     results = Results(table, judgements, [job.record() for job in jobs], out)
 
     if evaluations:
@@ -146,19 +145,21 @@ def summarise(
     return results
 
 
-def _paired(
-    finished: Sequence[Trained], evaluations: Sequence[Evaluation]
-) -> tuple[list[Trained], list[Evaluation]]:
-    """Those of the seeds that all methods have finished, so that claims compare like with like."""
-    methods = {job.method for job in finished}
-    seeds = [{job.seed for job in finished if job.method == method} for method in sorted(methods)]
+def _judge(
+    setup: Setup, claim: Claim, finished: Sequence[Trained], evaluations: Sequence[Evaluation]
+) -> Judgement:
+    """Judge a claim by the seeds that all methods it speaks of have finished, to compare like with like."""
+    methods = {method for method, _ in claim.cells()}
+    seeds = [{job.seed for job in finished if job.method == method} for method in methods]
     common = set.intersection(*seeds) if seeds else set()
     pairs = [
         (job, evaluation)
         for job, evaluation in zip(finished, evaluations, strict=True)
-        if job.seed in common
+        if job.seed in common and job.method in methods
     ]
-    return [job for job, _ in pairs], [evaluation for _, evaluation in pairs]
+    jobs = [job for job, _ in pairs]
+    measured = _outcomes(setup, jobs, [evaluation for _, evaluation in pairs])
+    return judge([claim], {**measured, **_overfitting(jobs)})[0]
 
 
 def _outcomes(

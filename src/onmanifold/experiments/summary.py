@@ -289,8 +289,15 @@ def _draw(setup: Setup, jobs: Sequence[Trained], table: Table, folder: Path) -> 
 def _examples(setup: Setup, jobs: Sequence[Trained]) -> figures.Examples:
     """The same few test images, attacked on each method's classifier of the first seed."""
     finished = [
-        job for job in jobs if job.evaluation.finished and job.seed == setup.experiment.seeds[0]
+        job
+        for job in jobs
+        # Results may have come here without the classifiers; the numbers do not need them.
+        if job.evaluation.finished
+        and job.seed == setup.experiment.seeds[0]
+        and job.classifier.is_file()
     ]
+    if not finished:
+        return figures.Examples(np.empty((0, *setup.test.image_shape), np.float32), [])
     chosen = {job.method: load_classifier(job.classifier) for job in finished[:_SHOWN_METHODS]}
     positions = _choose(setup, jobs)
     batch = setup.test.batch(positions)

@@ -1,4 +1,4 @@
-"""What explains models and manifolds: distances, labels kept, and how good a manifold is."""
+"""What explains models and manifolds: distances, labels kept, how good a manifold is, what goes together."""
 
 from onmanifold.analysis.distance import (
     ManifoldDistance,
@@ -6,14 +6,30 @@ from onmanifold.analysis.distance import (
     distance_by_projection,
 )
 from onmanifold.analysis.frechet import frechet_distance
+from onmanifold.analysis.generalisation import (
+    Correlation,
+    Line,
+    Relation,
+    correlate,
+    correlations_table,
+    regress,
+    relate,
+    slopes_table,
+    success_rate,
+)
 from onmanifold.analysis.nearest import nearest_images
 from onmanifold.analysis.quality import Quality, measure_quality
 from onmanifold.analysis.validity import NearestClass, keeps_label, nearest_class
 
 __all__ = [
+    "Correlation",
+    "Line",
     "ManifoldDistance",
     "NearestClass",
     "Quality",
+    "Relation",
+    "correlate",
+    "correlations_table",
     "distance_by_neighbours",
     "distance_by_projection",
     "frechet_distance",
@@ -21,4 +37,8 @@ __all__ = [
     "measure_quality",
     "nearest_class",
     "nearest_images",
+    "regress",
+    "relate",
+    "slopes_table",
+    "success_rate",
 ]

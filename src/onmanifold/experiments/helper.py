@@ -1,4 +1,4 @@
-"""Further processes on one machine that take runs of an experiment; the locks of the store share them out."""
+"""Further processes on one machine that take runs of experiments; the locks of the store share them out."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def helpers(count: int, out: Path, store: Path, device: str, threads: int) -> Iterator[None]:
-    """Have ``count`` processes work on the experiment in ``out`` meanwhile.
+def helpers(
+    count: int, outs: Sequence[Path], store: Path, device: str, threads: int
+) -> Iterator[None]:
+    """Have ``count`` processes work on the experiments in the folders ``outs`` meanwhile.
 
     They end with the block, and also when this process is killed.
     """
-    command = [sys.executable, "-m", __name__, str(out), "--store", str(store)]
+    command = [sys.executable, "-m", __name__, *map(str, outs), "--store", str(store)]
     command += ["--device", device, "--threads", str(threads), "--parent", str(os.getpid())]
     nowhere = subprocess.DEVNULL
     processes = [
@@ -43,9 +45,9 @@ def _leave_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Work on the runs of an experiment, the last ones first, until none is left."""
+    """Work on the runs of experiments, the last ones first, until none is left."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
+    parser.add_argument("outs", type=Path, nargs="+")
     parser.add_argument("--store", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--threads", type=int)
@@ -58,7 +60,7 @@ def main() -> None:
     from onmanifold.experiments.runner import work_from_behind
 
     torch.set_num_threads(arguments.threads)
-    work_from_behind(arguments.out, arguments.store, arguments.device)
+    work_from_behind(arguments.outs, arguments.store, arguments.device)
 
 
 if __name__ == "__main__":

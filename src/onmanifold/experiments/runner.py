@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,16 +126,37 @@ def run(
         debug=debug,
     )
     started = time.perf_counter()
-    todo = session.jobs()
-    if all(job.evaluation.finished for job in todo):
-        jobs = 1
-    with _sharing(session, min(jobs, len(todo)), device):
-        _work_through(session, todo, _train_and_evaluate)
+    (todo,) = run_all([session], jobs, device)
     return summarise(session.setup, todo, session.out, command, time.perf_counter() - started)
 
 
+def run_all(
+    sessions: Sequence[Session], jobs: int = 1, device: str = "auto"
+) -> list[list[Trained]]:
+    """Train and evaluate all that several experiments ask for, as one heap of work.
+
+    Processes that were started apart share the heap too, by the locks of the store: none waits while there is
+    work left in any of the experiments.
+
+    Args:
+        sessions: Opened experiments, each with a folder of its own and all with the same store.
+        jobs: Number of processes that share the runs.
+        device: As for `run`; of the further processes.
+
+    Returns:
+        The runs of each experiment; one that failed says why.
+    """
+    todo = [session.jobs() for session in sessions]
+    heap = [(session, job) for session, own in zip(sessions, todo, strict=True) for job in own]
+    if all(job.evaluation.finished for _, job in heap):
+        jobs = 1
+    with _sharing(sessions, min(jobs, len(heap)), device):
+        _work_through(heap, _train_and_evaluate)
+    return todo
+
+
 @contextmanager
-def _sharing(session: Session, jobs: int, device: str) -> Iterator[None]:
+def _sharing(sessions: Sequence[Session], jobs: int, device: str) -> Iterator[None]:
     """Have further processes work on the same runs; the CPU threads are divided among all."""
     if jobs <= 1:
         yield
@@ -144,18 +165,22 @@ def _sharing(session: Session, jobs: int, device: str) -> Iterator[None]:
     share = max(1, threads // jobs)
     torch.set_num_threads(share)
     try:
-        with helpers(jobs - 1, session.out, session.store.root, device, share):
+        outs = [session.out for session in sessions]
+        with helpers(jobs - 1, outs, sessions[0].store.root, device, share):
             yield
     finally:
         torch.set_num_threads(threads)
 
 
-def work_from_behind(out: Path, store: Path, device: str) -> None:
-    """Work on the runs of the experiment in a folder of results, the last ones first, without a report."""
-    experiment = load_experiment(out / "experiment.yaml")
-    setup = prepare(experiment)
-    session = Session(setup, out, Store(store), one_process(setup.training.precision, device))
-    _work_through(session, session.jobs()[::-1], _train_and_evaluate)
+def work_from_behind(outs: Sequence[Path], store: Path, device: str) -> None:
+    """Work on the runs of the experiments in folders of results, the last ones first, without a report."""
+    heap: list[tuple[Session, Trained]] = []
+    for out in outs:
+        setup = prepare(load_experiment(out / "experiment.yaml"))
+        fabric = one_process(setup.training.precision, device)
+        session = Session(setup, out, Store(store), fabric)
+        heap += [(session, job) for job in session.jobs()]
+    _work_through(heap[::-1], _train_and_evaluate)
 
 
 def train_only(
@@ -167,7 +192,7 @@ def train_only(
         ConfigError: Unknown method.
     """
     jobs = session.jobs(methods, seeds)
-    _work_through(session, jobs, _train)
+    _work_through([(session, job) for job in jobs], _train)
     return jobs
 
 
@@ -214,15 +239,18 @@ def open_session(
     )
 
 
-def _work_through(session: Session, jobs: list[Trained], work: Work) -> None:
+def _work_through(heap: Sequence[tuple[Session, Trained]], work: Work) -> None:
     """Do all jobs; those that another process holds are left for later, so that processes share the work."""
-    places = {id(job): f"{number}/{len(jobs)}" for number, job in enumerate(jobs, start=1)}
-    remaining, waiting = list(jobs), False
+    remaining = [
+        (session, job, f"{number}/{len(heap)}")
+        for number, (session, job) in enumerate(heap, start=1)
+    ]
+    waiting = False
     while remaining:
-        held = [job for job in remaining if not _attempt(session, job, places[id(job)], work)]
+        held = [task for task in remaining if not _attempt(*task, work)]
         if held and len(held) == len(remaining):
             if not waiting:
-                session.say("Waiting for another process that works on the same runs …")
+                held[0][0].say("Waiting for another process that works on the same runs …")
             waiting = True
             time.sleep(_POLL_SECONDS)
         remaining = held

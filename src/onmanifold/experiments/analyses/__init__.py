@@ -1,3 +1,5 @@
 """The analyses by name: what `onmanifold analyse` runs. Each module registers its own."""
 
 from onmanifold.experiments.analyses import curves as curves
+from onmanifold.experiments.analyses import sweep as sweep
+from onmanifold.experiments.analyses import transferring as transferring

@@ -272,7 +272,9 @@ def _corollary_3(setting: Setting) -> Iterator[Row]:
         risk.sampled_perturbation_risk(flat, "latent", far, "prior", *drawn).value for far in _FAR
     )
     order = np.log(first / second) / np.log(_FAR[1] / _FAR[0])
-    yield from _orders("excess risk falls as L to the power of minus", "Corollary 3", "prior", order)
+    yield from _orders(
+        "excess risk falls as L to the power of minus", "Corollary 3", "prior", order
+    )
     yield _sampled(
         f"excess risk, data of rank q, each length {radius:g}",
         "Corollary 3",

@@ -122,9 +122,7 @@ class LinearModel:
         """
         if space == "image":
             return np.ones(self.dimensions)
-        return np.where(
-            self.leading, np.clip(self.eigenvalues - self.noise_variance, 0, None), 0.0
-        )
+        return np.where(self.leading, np.clip(self.eigenvalues - self.noise_variance, 0, None), 0.0)
 
     def mover(self, space: Space) -> Array:
         """The matrix that turns a perturbation into a move of x: W (d, q), or the identity (d, d)."""
@@ -148,6 +146,16 @@ class LinearModel:
             np.where(self.leading, self.eigenvalues, 0.0),
             self.latent_size,
             0.0,
+            self.basis,
+            self.mean,
+        )
+
+    def regenerated(self) -> LinearModel:
+        """The same with the generator's distribution for data: each other eigenvalue is the noise variance."""
+        return LinearModel(
+            np.where(self.leading, self.eigenvalues, self.noise_variance),
+            self.latent_size,
+            self.noise_variance,
             self.basis,
             self.mean,
         )
@@ -188,9 +196,7 @@ def linear_model(
     else:
         basis = np.linalg.qr(_normals(seed, size, size, "basis"))[0]
         mean = _normals(seed, size, 1, "mean")[:, 0]
-    return LinearModel(
-        eigenvalues, latent_size, noise if sigma is None else sigma**2, basis, mean
-    )
+    return LinearModel(eigenvalues, latent_size, noise if sigma is None else sigma**2, basis, mean)
 
 
 def random_spectrum(
@@ -274,9 +280,7 @@ def sample_source(model: LinearModel, source: Source, count: int, seed: int = 0)
     return np.asarray(images + sigma * _normals(seed, count, model.dimensions, "noise"))
 
 
-def gaussian_losses(
-    points: Array, mean: Array, covariance: Array, in_plane: bool = False
-) -> Array:
+def gaussian_losses(points: Array, mean: Array, covariance: Array, in_plane: bool = False) -> Array:
     """(n,) negative log-likelihood, in nats, of points (n, d) under N(mean, covariance).
 
     Of a singular covariance it is the density within its plane. Off the plane the loss is infinite, or with

@@ -60,9 +60,7 @@ def stretch(model: LinearModel, space: Space, multiplier: float) -> Array:
     return np.divide(multiplier, room, out=factors, where=room > 0)
 
 
-def worst_perturbation(
-    model: LinearModel, points: Array, space: Space, multiplier: float
-) -> Array:
+def worst_perturbation(model: LinearModel, points: Array, space: Space, multiplier: float) -> Array:
     """The Δ (n, q) or (n, d) that maximises loss − (L / 2) |Δ|² at each point (n, d) (Lemma 2, closed form).
 
     Wᵀ (LΣ − WWᵀ)⁻¹ (x − mean) in latent space, (LΣ − I)⁻¹ (x − mean) in image space.
@@ -141,12 +139,12 @@ def ascend_within(model: LinearModel, points: Array, space: Space, radius: float
         found = radius * gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
         if np.abs(found - last).max() <= _SETTLED * radius:
             return found
-    raise InputError("points: expected a slope in the most curved direction; the ascent does not settle.")
+    raise InputError(
+        "points: expected a slope in the most curved direction; the ascent does not settle."
+    )
 
 
-def multiplier_of_radius(
-    model: LinearModel, space: Space, radius: float, source: Source
-) -> float:
+def multiplier_of_radius(model: LinearModel, space: Space, radius: float, source: Source) -> float:
     """The one L for all points with which the mean square of |Δ| is radius² (the constraint of eq. 8).
 
     Args:

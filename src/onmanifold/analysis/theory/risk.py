@@ -43,9 +43,7 @@ class Bounds(NamedTuple):
     high: float
 
 
-def perturbation_risk(
-    model: LinearModel, space: Space, multiplier: float, source: Source
-) -> float:
+def perturbation_risk(model: LinearModel, space: Space, multiplier: float, source: Source) -> float:
     """What the worst penalised perturbation adds to the mean loss (Theorems 2 and 4).
 
     ½ Σ (f² − 1) λ⁽ʲ⁾ / λ with the factors f of `stretch`; infinite where the multiplier is too small for a

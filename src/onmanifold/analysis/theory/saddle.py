@@ -86,7 +86,9 @@ def saddle_multiplier(model: LinearModel, space: Space, radius: float, source: S
     if not (np.isfinite(radius) and radius > 0):
         raise InputError(f"radius: expected a finite number above 0, found {radius!r}.")
     if not movable.any():
-        raise InputError("model: expected a leading eigenvalue above the noise; no latent moves anything.")
+        raise InputError(
+            "model: expected a leading eigenvalue above the noise; no latent moves anything."
+        )
 
     def excess(logarithm: float) -> float:
         multiplier = float(np.exp(logarithm))

@@ -2,4 +2,5 @@
 
 from onmanifold.experiments.analyses import curves as curves
 from onmanifold.experiments.analyses import sweep as sweep
+from onmanifold.experiments.analyses import theory as theory
 from onmanifold.experiments.analyses import transferring as transferring

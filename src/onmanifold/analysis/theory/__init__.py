@@ -1,4 +1,4 @@
-"""The theory of Directions (section 4, appendix) and the toy distribution of Disentangling section I, in numbers."""
+"""The theory of Directions (section 4, appendix) and the toy problem of Disentangling section I, in numbers."""
 
 from onmanifold.analysis.theory.comparison import Setting, compare
 from onmanifold.analysis.theory.finite import (

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
 from onmanifold.analysis.theory import finite, perturbation, risk, saddle
+from onmanifold.analysis.theory.agreement import Form, Row, bounded, row, sampled
 from onmanifold.analysis.theory.model import (
     STRATEGIES,
     Array,
@@ -23,17 +22,6 @@ from onmanifold.analysis.theory.model import (
     source_covariance,
     source_eigenvalues,
 )
-
-Form = Literal["printed", "corrected", "added"]
-
-TOLERANCE = 1e-6
-"""Allowed between a closed form and a deterministic number, relative to the closed form where that is above 1."""
-
-ALLOWED_ERRORS = 4.0
-"""Allowed between a closed form and a mean over samples, in standard errors.
-
-A page has about thirty such rows: by three errors one page of thirteen would be off by chance, by four one of 500.
-"""
 
 # Multipliers between which a risk's order is read off, and what that may be off at finite ones.
 _FAR = (1e3, 1e4)
@@ -74,75 +62,13 @@ def compare(setting: Setting) -> pd.DataFrame:
 
     Columns: quantity, theorem, form ("printed": as the paper has it; "corrected"; "added": not in the paper),
     strategy, closed form, numeric, difference, standard error (0: deterministic), tolerance and agrees.
-    Monte Carlo rows allow 4 standard errors, see `ALLOWED_ERRORS`.
+    Monte Carlo rows allow 4 standard errors, see `agreement.ALLOWED_ERRORS`.
     """
-    parts = (_lemma_1, _lemma_2, _theorem_2, _corollary_3, _theorem_4, _theorem_5, _theorem_6)
-    parts = (*parts, _theorem_8, _theorem_9)
-    return pd.DataFrame([row for part in parts for row in part(setting)])
-
-
-Row = dict[str, object]
-
-
-def _row(
-    quantity: str,
-    theorem: str,
-    form: Form,
-    strategy: str,
-    closed: ArrayLike,
-    numeric: ArrayLike,
-    errors: ArrayLike | None = None,
-    tolerance: float = TOLERANCE,
-) -> Row:
-    """The entry of the largest difference beside what is allowed."""
-    wanted, found = np.ravel(closed).astype(float), np.ravel(numeric).astype(float)
-    deviations = np.zeros_like(found) if errors is None else np.ravel(errors).astype(float)
-    sampled = errors is not None
-    with np.errstate(invalid="ignore"):  # Of two infinities the difference is 0.
-        differences = np.where(wanted == found, 0.0, found - wanted)
-    # A sampled zero has no error, but rounding.
-    allowed = np.where(
-        sampled & np.isfinite(deviations),
-        ALLOWED_ERRORS * np.nan_to_num(deviations),
-        tolerance * np.maximum(1.0, np.abs(np.where(np.isfinite(wanted), wanted, 0.0))),
-    )
-    allowed = np.maximum(allowed, 1e-12)
-    worst = int(np.argmax(np.abs(differences) / allowed))
-    name = f"{quantity}, worst of {len(wanted)}" if len(wanted) > 1 else quantity
-    return {
-        "quantity": name,
-        "theorem": theorem,
-        "form": form,
-        "strategy": strategy,
-        "closed form": float(wanted[worst]),
-        "numeric": float(found[worst]),
-        "difference": float(differences[worst]),
-        "standard error": float(np.nan_to_num(deviations[worst])),
-        "tolerance": float(allowed[worst]),
-        "agrees": bool(np.abs(differences[worst]) <= allowed[worst]),
-    }
-
-
-def _sampled(
-    quantity: str, theorem: str, form: Form, strategy: str, closed: float, found: risk.Estimate
-) -> Row:
-    return _row(quantity, theorem, form, strategy, closed, found.value, found.standard_error)
-
-
-def _bound(
-    quantity: str,
-    theorem: str,
-    form: Form,
-    strategy: str,
-    bound: float,
-    found: risk.Estimate,
-    at_least: bool,
-) -> Row:
-    """The difference is what the number is beyond its bound; 0: nothing."""
-    row = _sampled(quantity, theorem, form, strategy, bound, found)
-    if (found.value >= bound) == at_least or found.value == bound:
-        row |= {"difference": 0.0, "agrees": True}
-    return row
+    lemmas = (*_lemma_1(setting), *_lemma_2(setting))
+    risks = (*_theorem_2(setting), *_corollary_3(setting), *_theorem_4(setting))
+    saddles = (*_theorem_5(setting), *_theorem_6(setting))
+    samples = (*_theorem_8(setting), *_theorem_9(setting))
+    return pd.DataFrame([*lemmas, *risks, *saddles, *samples])
 
 
 def _diagonal(model: LinearModel, covariance: Array) -> Array:
@@ -155,13 +81,13 @@ def _lemma_1(setting: Setting) -> Iterator[Row]:
     for strategy in STRATEGIES:
         closed = source_eigenvalues(model, strategy)
         exact = _diagonal(model, source_covariance(model, strategy))
-        yield _row(
+        yield row(
             "covariance of x', by matrices", "Lemma 1", "printed", strategy, np.diag(closed), exact
         )
         points = sample_source(model, strategy, setting.samples, setting.seed)
         squares = model.coordinates(points) ** 2
         found = [estimate(column) for column in squares.T]
-        yield _row(
+        yield row(
             "variance of x', sampled",
             "Lemma 1",
             "printed",
@@ -171,7 +97,7 @@ def _lemma_1(setting: Setting) -> Iterator[Row]:
             [one.standard_error for one in found],
         )
         exact = _diagonal(flat, source_covariance(flat, strategy))
-        yield _row(
+        yield row(
             "covariance of x', data of rank q",
             "Lemma 1",
             "printed",
@@ -180,7 +106,7 @@ def _lemma_1(setting: Setting) -> Iterator[Row]:
             exact,
         )
     if model.eigenvalues[model.latent_size - 1] > 0:
-        yield _row(
+        yield row(
             "Λ⁽²⁾ is Λ⁽³⁾",
             "Lemma 1",
             "added",
@@ -200,10 +126,10 @@ def _lemma_2(setting: Setting) -> Iterator[Row]:
         points = sample_source(model, source, min(setting.samples, _ASCENDED), setting.seed)
         closed = perturbation.worst_perturbation(model, points, space, multiplier)
         found = perturbation.ascend(model, points, space, multiplier)
-        yield _row("worst perturbation, by ascent", "Lemma 2", "printed", where, closed, found)
+        yield row("worst perturbation, by ascent", "Lemma 2", "printed", where, closed, found)
         closed = perturbation.worst_within(model, points, space, radius).perturbations
         found = perturbation.ascend_within(model, points, space, radius)
-        yield _row(
+        yield row(
             f"worst perturbation of length {radius:g}, by ascent",
             "Lemma 2",
             "added",
@@ -214,7 +140,7 @@ def _lemma_2(setting: Setting) -> Iterator[Row]:
         points = sample_source(model, source, setting.samples, setting.seed)
         multiplier = perturbation.multiplier_of_radius(model, space, radius, source)
         moves = perturbation.worst_perturbation(model, points, space, multiplier)
-        yield _sampled(
+        yield sampled(
             "mean square length with L solved from it",
             "eq. 8",
             "added",
@@ -231,7 +157,7 @@ def _where(space: Space, source: Source) -> str:
 def _theorem_2(setting: Setting) -> Iterator[Row]:
     model, drawn = setting.model, (setting.samples, setting.seed)
     for strategy in STRATEGIES:
-        yield _sampled(
+        yield sampled(
             "excess risk by perturbation",
             "Theorem 2",
             "printed",
@@ -239,7 +165,7 @@ def _theorem_2(setting: Setting) -> Iterator[Row]:
             risk.perturbation_risk(model, "latent", setting.multiplier, strategy),
             risk.sampled_perturbation_risk(model, "latent", setting.multiplier, strategy, *drawn),
         )
-        yield _sampled(
+        yield sampled(
             "the same less the penalty",
             "Theorem 2",
             "added",
@@ -251,16 +177,16 @@ def _theorem_2(setting: Setting) -> Iterator[Row]:
         found = risk.sampled_distribution_risk(model, strategy, *drawn)
         quantity = "excess risk by change of distribution"
         closed = risk.distribution_risk_as_printed(model, strategy)
-        yield _sampled(quantity, "Theorem 2", "printed", strategy, closed, found)
+        yield sampled(quantity, "Theorem 2", "printed", strategy, closed, found)
         closed = risk.distribution_risk(model, strategy)
-        yield _sampled(quantity, "Theorem 2", "corrected", strategy, closed, found)
+        yield sampled(quantity, "Theorem 2", "corrected", strategy, closed, found)
 
 
 def _corollary_3(setting: Setting) -> Iterator[Row]:
     flat, drawn = setting.model.flattened(), (setting.samples, setting.seed)
     size, radius = flat.rank, setting.radius
     for strategy in STRATEGIES:
-        yield _sampled(
+        yield sampled(
             "excess risk, data of rank q",
             "Corollary 3",
             "printed",
@@ -275,7 +201,7 @@ def _corollary_3(setting: Setting) -> Iterator[Row]:
     yield from _orders(
         "excess risk falls as L to the power of minus", "Corollary 3", "prior", order
     )
-    yield _sampled(
+    yield sampled(
         f"excess risk, data of rank q, each length {radius:g}",
         "Corollary 3",
         "added",
@@ -289,7 +215,7 @@ def _orders(quantity: str, theorem: str, strategy: str, found: float) -> Iterato
     """The paper's order 2 and the derived order 1 of a risk in 1 / L."""
     orders: dict[Form, float] = {"printed": 2.0, "corrected": 1.0}
     for form, order in orders.items():
-        yield _row(quantity, theorem, form, strategy, order, found, tolerance=_ORDER_TOLERANCE)
+        yield row(quantity, theorem, form, strategy, order, found, tolerance=_ORDER_TOLERANCE)
 
 
 def _theorem_4(setting: Setting) -> Iterator[Row]:
@@ -297,10 +223,10 @@ def _theorem_4(setting: Setting) -> Iterator[Row]:
     multiplier = setting.image_multiplier
     closed = risk.perturbation_risk(model, "image", multiplier, "data")
     found = risk.sampled_perturbation_risk(model, "image", multiplier, "data", *drawn)
-    yield _sampled("excess risk", "Theorem 4", "printed", "image", closed, found)
+    yield sampled("excess risk", "Theorem 4", "printed", "image", closed, found)
     flat = model.flattened()
     if flat.eigenvalues[-1] == 0:
-        yield _sampled(
+        yield sampled(
             "excess risk, λ_min = 0",
             "Theorem 4",
             "printed",
@@ -313,9 +239,9 @@ def _theorem_4(setting: Setting) -> Iterator[Row]:
         return
     bounds = risk.image_risk_bounds(model, multiplier)
     quantity = "excess risk, at least f(λ_min L)"
-    yield _bound(quantity, "Theorem 4", "corrected", "image", bounds.low, found, at_least=True)
+    yield bounded(quantity, "Theorem 4", "corrected", "image", bounds.low, found, at_least=True)
     quantity = "excess risk, at most d f(λ_min L)"
-    yield _bound(quantity, "Theorem 4", "corrected", "image", bounds.high, found, at_least=False)
+    yield bounded(quantity, "Theorem 4", "corrected", "image", bounds.high, found, at_least=False)
     first, second = (
         risk.sampled_perturbation_risk(model, "image", far / least, "data", *drawn).value
         for far in _FAR
@@ -332,7 +258,7 @@ def _theorem_5(setting: Setting) -> Iterator[Row]:
     trained = saddle.train_adversarially(flat, "latent", setting.multiplier, "prior").covariance
     ratios = np.diag(_diagonal(flat, trained))[: flat.rank] / flat.eigenvalues[: flat.rank]
     closed = np.full(flat.rank, saddle.saddle_ratio(setting.multiplier))
-    yield _row("λ_ls / λ, data of rank q", "Theorem 5", "printed", "prior", closed, ratios)
+    yield row("λ_ls / λ, data of rank q", "Theorem 5", "printed", "prior", closed, ratios)
 
 
 def _theorem_6(setting: Setting) -> Iterator[Row]:
@@ -341,9 +267,9 @@ def _theorem_6(setting: Setting) -> Iterator[Row]:
     found = saddle.sampled_line_saddle_within(variance, radius, setting.samples, setting.seed)
     quantity = "λ_r in one dimension, every move of the same length (eq. 4)"
     closed = saddle.line_saddle_on_average(variance, radius)
-    yield _sampled(quantity, "Theorem 6", "printed", "image", closed, found)
+    yield sampled(quantity, "Theorem 6", "printed", "image", closed, found)
     closed = saddle.line_saddle_within(variance, radius)
-    yield _sampled(quantity, "Theorem 6", "corrected", "image", closed, found)
+    yield sampled(quantity, "Theorem 6", "corrected", "image", closed, found)
 
 
 def _saddles(setting: Setting, space: Space, source: Source, theorem: str) -> Iterator[Row]:
@@ -354,7 +280,7 @@ def _saddles(setting: Setting, space: Space, source: Source, theorem: str) -> It
     )
     closed = saddle.saddle_eigenvalues(model, space, multiplier, source)
     trained = saddle.train_adversarially(model, space, multiplier, source).covariance
-    yield _row(
+    yield row(
         "covariance by attack and refit in turn",
         theorem,
         "printed",
@@ -363,12 +289,12 @@ def _saddles(setting: Setting, space: Space, source: Source, theorem: str) -> It
         _diagonal(model, trained),
     )
     found = saddle.minimise_adversarial_loss(model, space, multiplier, source)
-    yield _row("eigenvalues by nested searches", theorem, "printed", where, closed, found)
+    yield row("eigenvalues by nested searches", theorem, "printed", where, closed, found)
     if ((model.gains(space) > 0) & (source_eigenvalues(model, source) == 0)).any():
         return  # Part of the length goes where points have no variance, which no numbers show.
     multiplier = saddle.saddle_multiplier(model, space, setting.radius, source)
     trained = saddle.train_adversarially(model, space, multiplier, source).covariance
-    yield _row(
+    yield row(
         "mean square length with L solved from it, at the saddle point",
         "eq. 8",
         "added",
@@ -401,7 +327,7 @@ def _theorem_8(setting: Setting) -> Iterator[Row]:
     generated = setting.fitted
     closed = finite.augmented_eigenvalues(fitted, len(points), generated)
     found = finite.train_augmented(points, fitted, generated)
-    yield _row(
+    yield row(
         "covariance by descent on eq. 13",
         "Theorem 8",
         "printed",
@@ -409,9 +335,7 @@ def _theorem_8(setting: Setting) -> Iterator[Row]:
         np.diag(closed),
         _diagonal(fitted, found.covariance),
     )
-    yield _row(
-        "mean by descent on eq. 13", "Theorem 8", "printed", "prior", fitted.mean, found.mean
-    )
+    yield row("mean by descent on eq. 13", "Theorem 8", "printed", "prior", fitted.mean, found.mean)
 
 
 def _theorem_9(setting: Setting) -> Iterator[Row]:
@@ -434,7 +358,7 @@ def _theorem_9(setting: Setting) -> Iterator[Row]:
                     source_covariance(fitted, strategy, data),
                 ).covariance
                 points = "no points" if strategy == "prior" else f"the {kind} points"
-                yield _row(
+                yield row(
                     f"covariance of a fit, encoding {points}{title}",
                     "Theorem 9",
                     form,

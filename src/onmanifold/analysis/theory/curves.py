@@ -12,6 +12,7 @@ from onmanifold.analysis.theory import risk, saddle, tsipras
 from onmanifold.analysis.theory.comparison import Setting
 from onmanifold.analysis.theory.model import (
     Array,
+    Estimate,
     LinearModel,
     Source,
     Space,
@@ -133,7 +134,7 @@ def _spectra(setting: Setting) -> Iterator[pd.DataFrame]:
 
 def _ratio(values: Array, model: LinearModel) -> Array:
     ratios = np.full(model.dimensions, np.nan)
-    return np.divide(values, model.eigenvalues, out=ratios, where=model.eigenvalues > 0)
+    return np.asarray(np.divide(values, model.eigenvalues, out=ratios, where=model.eigenvalues > 0))
 
 
 def risk_table(
@@ -142,7 +143,7 @@ def risk_table(
     """Excess risk over multiplier and radius, closed form and Monte Carlo.
 
     Columns: panel ("latent": over L; "image": over λ_min L; "radius"), line, position, risk (closed form), sampled
-    and error (Monte Carlo; NaN for bounds and orders). Image lines are left out where λ_min = 0: the risk is infinite.
+    and error (Monte Carlo at every third position, else NaN). Where λ_min = 0 image lines are left out, as infinite.
     In the first two panels all are multiplied by the position, so that a risk that falls as 1 / L is level.
 
     Args:
@@ -160,7 +161,7 @@ Point = dict[str, object]
 
 
 def _point(
-    panel: str, line: str, position: float, value: float, found: risk.Estimate | None = None
+    panel: str, line: str, position: float, value: float, found: Estimate | None = None
 ) -> Point:
     sampled, error = found or (float("nan"), float("nan"))
     scale = 1.0 if panel == "radius" else position
@@ -174,54 +175,69 @@ def _point(
     }
 
 
+def _compared(
+    setting: Setting,
+    panel: str,
+    line: tuple[str, LinearModel, Space, Source],
+    position: float,
+    multiplier: float,
+    sampled: bool,
+) -> Point:
+    name, *attack = line
+    model, space, source = attack
+    closed = risk.perturbation_risk(model, space, multiplier, source)
+    if not sampled:
+        return _point(panel, name, position, closed)
+    drawn = (setting.samples, setting.seed)
+    found = risk.sampled_perturbation_risk(model, space, multiplier, source, *drawn)
+    return _point(panel, name, position, closed, found)
+
+
 def _latent_risks(setting: Setting, multipliers: Sequence[float]) -> Iterator[Point]:
     model, flat = setting.model, setting.model.flattened()
-    lines: list[tuple[str, LinearModel, Source]] = [
-        ("encode", model, "encode"),
-        ("posterior", model, "posterior"),
-        ("prior", model, "prior"),
-        ("rank q, each strategy", flat, "prior"),
+    lines: list[tuple[str, LinearModel, Space, Source]] = [
+        ("encode", model, "latent", "encode"),
+        ("posterior", model, "latent", "posterior"),
+        ("prior", model, "latent", "prior"),
+        ("rank q, each strategy", flat, "latent", "prior"),
     ]
-    for multiplier in multipliers:
-        for line, of, source in lines:
-            closed = risk.perturbation_risk(of, "latent", multiplier, source)
-            found = risk.sampled_perturbation_risk(
-                of, "latent", multiplier, source, setting.samples, setting.seed
-            )
-            yield _point("latent", line, multiplier, closed, found)
+    for place, multiplier in enumerate(multipliers):
+        for number, line in enumerate(lines):
+            sampled = _is_sampled(place, number)
+            yield _compared(setting, "latent", line, multiplier, multiplier, sampled)
         yield _point("latent", "q / L, derived order", multiplier, flat.rank / multiplier)
         yield _point("latent", "q / L², printed order", multiplier, flat.rank / multiplier**2)
 
 
 def _image_risks(setting: Setting, multipliers: Sequence[float]) -> Iterator[Point]:
     model = setting.model
-    for scaled in multipliers:
+    line: tuple[str, LinearModel, Space, Source] = ("image", model, "image", "data")
+    for place, scaled in enumerate(multipliers):
         multiplier = scaled / float(model.eigenvalues[-1])
-        closed = risk.perturbation_risk(model, "image", multiplier, "data")
-        found = risk.sampled_perturbation_risk(
-            model, "image", multiplier, "data", setting.samples, setting.seed
-        )
-        bounds = risk.image_risk_bounds(model, multiplier)
-        yield _point("image", "image", scaled, closed, found)
-        yield _point("image", "f and d f, derived bounds", scaled, bounds.low)
-        yield _point("image", "f and d f, derived bounds", scaled, bounds.high)
+        yield _compared(setting, "image", line, scaled, multiplier, _is_sampled(place, 0))
+        for bound in risk.image_risk_bounds(model, multiplier):
+            yield _point("image", "f and d f, derived bounds", scaled, bound)
         order = model.dimensions / scaled**2
         yield _point("image", "d / (λ_min L)², printed order", scaled, order)
 
 
 def _radius_risks(setting: Setting, radii: Sequence[float]) -> Iterator[Point]:
     model = setting.model
-    cases: list[tuple[str, Space, Source]] = [("latent, prior", "latent", "prior")]
+    lines: list[tuple[str, LinearModel, Space, Source]] = [
+        ("latent, prior", model, "latent", "prior")
+    ]
     if model.eigenvalues[-1] > 0:
-        cases.append(("image", "image", "data"))
-    for radius in radii:
-        for line, space, source in cases:
-            multiplier = multiplier_of_radius(model, space, radius, source)
-            closed = risk.risk_at_radius(model, space, radius, source)
-            found = risk.sampled_perturbation_risk(
-                model, space, multiplier, source, setting.samples, setting.seed
-            )
-            yield _point("radius", line, radius, closed, found)
+        lines.append(("image", model, "image", "data"))
+    for place, radius in enumerate(radii):
+        for number, line in enumerate(lines):
+            multiplier = multiplier_of_radius(model, line[2], radius, line[3])
+            sampled = _is_sampled(place, number)
+            yield _compared(setting, "radius", line, radius, multiplier, sampled)
+
+
+def _is_sampled(place: int, number: int) -> bool:
+    """Every third position, beside those of the other lines, so that markers do not hide each other."""
+    return place % 3 == number % 3
 
 
 def trade_off_table(

@@ -57,7 +57,7 @@ def stretch(model: LinearModel, space: Space, multiplier: float) -> Array:
     room = multiplier - curvatures
     # 1 / (1 − a / L), which also stands for a = 0.
     factors = np.full(model.dimensions, np.inf)
-    return np.divide(multiplier, room, out=factors, where=room > 0)
+    return np.asarray(np.divide(multiplier, room, out=factors, where=room > 0))
 
 
 def worst_perturbation(model: LinearModel, points: Array, space: Space, multiplier: float) -> Array:
@@ -115,11 +115,12 @@ def worst_within(
         found[:, top] = radius
         return BoundedPerturbation(_in_space(model, found, space), multipliers)
     for row, slopes in enumerate(_slopes(model, coordinates, space)):
-        multiplier = _root(curvatures, slopes, radius)
-        room = multiplier - curvatures
-        moved = np.divide(slopes, room, out=np.zeros_like(slopes), where=room > 0)
-        moved[top] += np.sqrt(max(radius**2 - float(moved @ moved), 0.0)) * (room[top] <= 0)
-        found[row], multipliers[row] = moved, multiplier
+        least = _room(curvatures, slopes, radius)
+        rooms = least + (curvatures[top] - curvatures)
+        moved = np.divide(slopes, rooms, out=np.zeros_like(slopes), where=rooms > 0)
+        if least == 0.0:
+            moved[top] = np.sqrt(max(radius**2 - float(moved @ moved), 0.0))
+        found[row], multipliers[row] = moved, curvatures[top] + least
     return BoundedPerturbation(_in_space(model, found, space), multipliers)
 
 
@@ -136,7 +137,7 @@ def ascend_within(model: LinearModel, points: Array, space: Space, radius: float
     for _ in range(_MOST_STEPS):
         gradients = slopes + found @ hessian
         last = found
-        found = radius * gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
+        found = np.asarray(radius * gradients / np.linalg.norm(gradients, axis=1, keepdims=True))
         if np.abs(found - last).max() <= _SETTLED * radius:
             return found
     raise InputError(
@@ -161,34 +162,44 @@ def multiplier_of_radius(model: LinearModel, space: Space, radius: float, source
     if np.isinf(curvatures.max()):
         return float("inf")
     slopes = _slopes(model, np.sqrt(source_eigenvalues(model, source)), space)
-    return _root(curvatures, slopes, radius)
+    return float(curvatures.max()) + _room(curvatures, slopes, radius)
 
 
-def _root(curvatures: Array, slopes: Array, radius: float) -> float:
-    """L of at least the largest curvature with Σ (b / (L − a))² = radius², or that curvature."""
-    largest = float(curvatures.max())
-    top = float(np.linalg.norm(slopes[curvatures == largest]))
-    # Alone, the slope in the most curved directions would give the lower L; all slopes there the higher.
+def _room(curvatures: Array, slopes: Array, radius: float) -> float:
+    """How far L is above the largest curvature where Σ (b / (L − a))² = radius²; 0 where there is no such L.
+
+    Its logarithm is searched, so that it is exact to as many digits however near L comes to the curvature.
+    """
+    below = float(curvatures.max()) - curvatures
+    top = float(np.linalg.norm(slopes[below == 0]))
+    # Alone, the slopes in the most curved directions would give the lower bound; all slopes there the higher.
     low, high = top / radius, float(np.linalg.norm(slopes)) / radius
-    if high == 0.0:
-        return largest
-    low = low if low > 0 else high * 1e-12
+    if low == high:
+        return high
 
-    def excess(room: float) -> float:
-        return float(np.linalg.norm(slopes / (room + largest - curvatures))) - radius
+    def excess(logarithm: float) -> float:
+        length = np.linalg.norm(slopes / (np.exp(logarithm) + below))
+        return float(np.log(length) - np.log(radius))
 
-    if low >= high or excess(high) >= 0:
-        return largest + high
-    if excess(low) <= 0:
-        return largest if top == 0 else largest + low
-    return largest + float(brentq(excess, low, high, xtol=1e-15 * high, rtol=1e-14))
+    if top == 0.0:
+        others = below > 0
+        if np.linalg.norm(slopes[others] / below[others]) <= radius:
+            return 0.0
+        low = high * 1e-12
+        while excess(np.log(low)) < 0:
+            low /= 10.0
+    # Rounding may leave a root at a bound.
+    edges = np.log(low) - 1e-9, np.log(high) + 1e-9
+    return float(np.exp(brentq(excess, *edges, xtol=1e-15, rtol=1e-14)))
 
 
 def _curvatures(model: LinearModel, space: Space) -> Array:
     """(d,) a = gain / λ, the loss's curvatures; infinite where a move leaves the data's plane."""
     gains = model.gains(space)
     curvatures = np.where(gains > 0, np.inf, 0.0)
-    return np.divide(gains, model.eigenvalues, out=curvatures, where=model.eigenvalues > 0)
+    return np.asarray(
+        np.divide(gains, model.eigenvalues, out=curvatures, where=model.eigenvalues > 0)
+    )
 
 
 def _slopes(model: LinearModel, coordinates: Array, space: Space) -> Array:

@@ -47,8 +47,8 @@ def perturbation_risk(model: LinearModel, space: Space, multiplier: float, sourc
     """What the worst penalised perturbation adds to the mean loss (Theorems 2 and 4).
 
     ½ Σ (f² − 1) λ⁽ʲ⁾ / λ with the factors f of `stretch`; infinite where the multiplier is too small for a
-    maximum. The penalty itself is not counted, as in the paper. Points that strategies 2 and 3 draw beside the plane
-    of singular data have an infinite loss before and after; what is compared then are the losses in the plane.
+    maximum. The penalty itself is not counted, as in the paper. Points that strategies 2 and 3 draw beside the
+    plane of singular data have an infinite loss before and after; then the losses in the plane are compared.
     """
     factors = stretch(model, space, multiplier)
     return _weighted(factors**2 - 1, model, source, factors)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 from scipy.optimize import brentq, minimize_scalar
 
@@ -69,11 +70,14 @@ def saddle_ratio(multiplier: float) -> float:
 def saddle_residual(
     model: LinearModel, space: Space, multiplier: float, source: Source, eigenvalues: Array
 ) -> Array:
-    """(d,) r − s (Lr / (Lr − g))²: how far eigenvalues r are from being those of the points they attack."""
+    """(d,) r − s (Lr / (Lr − g))²: how far eigenvalues r are from being those of the points they attack.
+
+    Where points have no variance, s = 0, it is how far r is from the limit g / L.
+    """
     changed, gains = source_eigenvalues(model, source), model.gains(space)
-    scaled = multiplier * eigenvalues
-    factors = np.divide(scaled, scaled - gains, out=np.ones_like(scaled), where=gains > 0)
-    return np.asarray(eigenvalues - changed * factors**2)
+    scaled, moved = multiplier * eigenvalues, changed > 0
+    factors = np.divide(scaled, scaled - gains, out=np.ones_like(scaled), where=moved)
+    return np.where(moved, eigenvalues - changed * factors**2, eigenvalues - gains / multiplier)
 
 
 def saddle_multiplier(model: LinearModel, space: Space, radius: float, source: Source) -> float:
@@ -155,7 +159,8 @@ def minimise_adversarial_loss(
 ) -> Array:
     """(d,) the same by two nested searches along each eigenvector: over the variance, for the worst move to each.
 
-    Neither knows what is stationary: the outer one sees values of max over m of ½ (log r + s (1 + √g m)² / r − L s m²).
+    Neither knows what is stationary: the outer one sees values of half the maximum over m of
+    log r + s (1 + √g m)² / r − L s m².
     """
     changed, gains = source_eigenvalues(model, source), model.gains(space)
     pairs = zip(changed, np.sqrt(gains), strict=True)
@@ -174,7 +179,7 @@ def _best_variance(variance: float, length: float, multiplier: float) -> float:
             return (1 + length * move) ** 2 / tested - multiplier * move**2
 
         if length == 0:
-            return 0.5 * (np.log(tested) + variance * gain(0.0))
+            return float(0.5 * (np.log(tested) + variance * gain(0.0)))
         found = minimize_scalar(lambda move: -gain(move), bracket=(0.0, 1.0), tol=1e-10)
         return float(0.5 * (np.log(tested) + variance * gain(float(found.x))))
 
@@ -212,7 +217,7 @@ def _saddle(changed: Array, gains: Array, multiplier: float) -> Array:
     return np.asarray(roots**2 / 4)
 
 
-def _largest(matrix: Array, precision: Array) -> float:
+def _largest(matrix: Array, precision: NDArray[np.floating]) -> float:
     """The largest ratio of a matrix to the covariance of this precision, in the covariance's plane."""
     values, vectors = np.linalg.eigh(precision)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

@@ -1,4 +1,4 @@
-"""The distribution of Tsipras et al. (2018), on which robust and accurate seem impossible (Disentangling section I).
+"""The toy problem of Tsipras et al. (2018): robust and accurate seem impossible (Disentangling section I).
 
 The label y is -1 or 1 with equal odds. The first feature is y with probability p, else -y; the others are
 N(eta y, 1). The adversary adds at most ``radius`` to each of the others and leaves the first alone, which has no
@@ -142,9 +142,9 @@ def shifted_against_label(toy: ToyDistribution, drawn: Drawn) -> Array:
 def accuracies(toy: ToyDistribution, weight: float) -> Accuracies:
     """Accuracies of sign(weight x_1 + S), in closed form.
 
-    For y = 1 the sum is N(k eta, k) over k other features. With x_1 = ±1 the classifier errs for S at most ∓weight,
-    and the posterior prefers y for S above ∓bayes_weight. So valid adversarial examples lie between the two: there
-    are some for x_1 = 1 if the weight is too small, for x_1 = -1 if it is too large, and none if it is Bayes's.
+    For y = 1 the sum of k features is N(k eta, k). With x_1 = ±1 the classifier errs for S at most ∓weight, and
+    the posterior prefers y for S above ∓bayes_weight. So valid adversarial examples lie between the two: there are
+    some for x_1 = 1 if the weight is too small, for x_1 = -1 if it is too large, and none if it is Bayes's.
 
     Args:
         toy: The distribution.
@@ -166,7 +166,7 @@ def accuracies(toy: ToyDistribution, weight: float) -> Accuracies:
 
 
 def robust_bound(toy: ToyDistribution, standard: ArrayLike) -> Array:
-    """Tsipras et al., theorem 2.1: p / (1 - p) times the standard error bounds the robust accuracy, at radius 2 eta.
+    """Most robust accuracy at radius 2 eta, p / (1 - p) times the standard error (Tsipras et al., theorem 2.1).
 
     Every classifier is bound; it says something where the standard accuracy is above p.
     """

@@ -4,3 +4,4 @@ from onmanifold.experiments.analyses import curves as curves
 from onmanifold.experiments.analyses import sweep as sweep
 from onmanifold.experiments.analyses import theory as theory
 from onmanifold.experiments.analyses import transferring as transferring
+from onmanifold.experiments.analyses import tsipras as tsipras

@@ -1,24 +1,18 @@
-"""The theory of Directions, and the toy problem of Tsipras et al. as Disentangling discusses it."""
+"""The theory of Directions (section 4 and appendix): closed forms, numeric counterparts, and what holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from onmanifold.analysis.theory.comparison import Setting, compare
-from onmanifold.analysis.theory.curves import (
-    attack_plane,
-    risk_table,
-    spectrum_table,
-    trade_off_table,
-)
+from onmanifold.analysis.theory.curves import attack_plane, risk_table, spectrum_table
 from onmanifold.analysis.theory.model import LinearModel, linear_model, random_spectrum
 from onmanifold.analysis.theory.risk import energy_shares
 from onmanifold.analysis.theory.saddle import saddle_eigenvalues
-from onmanifold.analysis.theory.tsipras import ToyDistribution, robust_bound
 from onmanifold.experiments.analyses.base import (
     ANALYSES,
     Analysis,
@@ -50,7 +44,7 @@ class Theory(Analysis):
         latent_size: q.
         sigma: Standard deviation of the generator's noise; None: that of maximum likelihood.
         multiplier: L of the latent attack, above 1.
-        image_multiplier: L of the attack in image space; None: ``multiplier`` over the smallest positive eigenvalue.
+        image_multiplier: L of the attack in image space; None: ``multiplier`` over the least positive eigenvalue.
         radius: Of perturbations, where the multiplier is solved from it.
         samples: Of each Monte Carlo estimate.
         fitted: Points in the sample of the theorems on finite samples.
@@ -132,10 +126,10 @@ class Theory(Analysis):
             "ellipses": Drawing(
                 drawings.draw_ellipses(planes),
                 "Image attacks leave the data sideways, latent attacks along it",
-                f"Data of variance {first:g} and {second:g} with one latent. Arrows: the worst perturbation of given "
-                "length of points at two standard deviations. Dashed: the saddle point of adversarial training whose "
-                "perturbations have this root mean square length. The radius in image space is one standard "
-                "deviation of the smaller variance.",
+                f"Data of variance {first:g} and {second:g} with one latent. Arrows: the worst perturbation of "
+                "the given length, of points at two standard deviations. Dashed: the saddle point of "
+                "adversarial training whose perturbations have this root mean square length. The radius in "
+                "image space is one standard deviation of the smaller variance.",
             ),
             "spectrum": Drawing(
                 drawings.draw_spectrum(spectrum, self.latent_size),
@@ -256,11 +250,12 @@ def _judged(rows: pd.DataFrame) -> Iterator[Statement]:
             & ~said.quantity.str.contains(claim.without, regex=False)
         ]
         yield Statement(
-            claim.text, _numbers(said), _verdict(said.agrees), f"{_SOURCE}, {claim.theorem}"
+            claim.text, _numbers(said), verdict(said.agrees), f"{_SOURCE}, {claim.theorem}"
         )
 
 
-def _verdict(agreements: Iterable[bool]) -> Verdict:
+def verdict(agreements: Iterable[bool]) -> Verdict:
+    """Whether all agree; "not measured" if there are none."""
     found = [bool(one) for one in agreements]
     if not found:
         return "not measured"
@@ -271,12 +266,12 @@ def _numbers(rows: pd.DataFrame) -> str:
     """The comparison that is farthest off, beside what it may be off."""
     if rows.empty:
         return "The model has no such case."
-    worst = rows.loc[(rows.difference.abs() / rows.tolerance).idxmax()]
+    worst = rows.iloc[int((rows.difference.abs() / rows.tolerance).to_numpy().argmax())]
     error = worst["standard error"]
     numeric = f"{worst.numeric:.6g}" + (f" ± {error:.2g}" if error else "")
     where = f"{worst.quantity} ({worst.strategy})"
     return (
-        f"{len(rows)} comparisons; farthest off: {where}: {worst['closed form']:.6g} in closed form, {numeric} in "
+        f"{len(rows)} compared; farthest off: {where}: {worst['closed form']:.6g} in closed form, {numeric} in "
         f"numbers, {abs(worst.difference):.2g} apart with {worst.tolerance:.2g} allowed."
     )
 
@@ -290,7 +285,7 @@ def _directions(setting: Setting) -> Iterator[Statement]:
         "Latent attacks move points along the directions of large variance",
         f"Of the mean square move {latent[0]:.0%} is along the largest variance of {model.eigenvalues[0]:.3g}; "
         "the shares fall with the variance.",
-        _verdict([bool((np.diff(latent) <= 1e-12).all())]),
+        verdict([bool((np.diff(latent) <= 1e-12).all())]),
         source,
     )
     if model.eigenvalues[-1] * setting.image_multiplier > 1:
@@ -298,8 +293,9 @@ def _directions(setting: Setting) -> Iterator[Statement]:
         yield Statement(
             "Image attacks move points along the directions of small variance",
             f"Of the mean square move {image[-1]:.0%} is along the smallest variance of "
-            f"{model.eigenvalues[-1]:.3g} and {image[0]:.2%} along the largest; the shares rise as the variance falls.",
-            _verdict([bool((np.diff(image) >= -1e-12).all())]),
+            f"{model.eigenvalues[-1]:.3g} and {image[0]:.2%} along the largest; the shares rise as the variance "
+            "falls.",
+            verdict([bool((np.diff(image) >= -1e-12).all())]),
             source,
         )
     encoded, drawn = (
@@ -313,143 +309,10 @@ def _directions(setting: Setting) -> Iterator[Statement]:
     same = np.allclose(encoded, drawn)
     yield Statement(
         "The sampling strategy does not matter to the saddle point of latent training",
-        f"The {model.latent_size}th eigenvalue becomes {ratios[0]:.4g} times its own with strategy 1 and {ratios[1]:.4g} "
-        f"times with strategies 2 and 3, the last {encoded[-1]:.4g} and {drawn[-1]:.4g}. "
+        f"Eigenvalue {model.latent_size} becomes {ratios[0]:.4g} times its own with strategy 1 and "
+        f"{ratios[1]:.4g} times with strategies 2 and 3, the last {encoded[-1]:.4g} and {drawn[-1]:.4g}. "
         + ("" if same else "Where strategy 1 leaves 0 the loss of real data is infinite. ")
         + "For data of rank q all are the same.",
-        _verdict([bool(same)]),
+        verdict([bool(same)]),
         f"{_SOURCE}, section 4.2",
-    )
-
-
-@ANALYSES.register("tsipras")
-@dataclass(frozen=True)
-class Tsipras(Analysis):
-    """Standard and robust accuracy on the toy problem of Tsipras et al., with and without valid perturbations.
-
-    Attributes:
-        probability: p, that the first feature is the label.
-        eta: Mean of the other features, times the label.
-        others: How many other features there are.
-        radius: Most that each of them moves; None: 2 eta.
-        weights: Of the first feature in the classifiers, positive, beside that of the Bayes classifier; None: 24
-            from a tenth of the Bayes classifier's to the first feature alone.
-        samples: Of the Monte Carlo estimates.
-        seed: Of the samples.
-    """
-
-    probability: float = 0.9
-    eta: float = 3.0
-    others: int = 1
-    radius: float | None = None
-    weights: tuple[float, ...] | None = None
-    samples: int = 20_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.toy()
-        if self.samples < 2:
-            raise ConfigError(f"samples: expected at least 2, found {self.samples}.")
-        for weight in self.weights or ():
-            if not 0 < weight < np.inf:
-                raise ConfigError(f"weights: expected positive numbers, found {weight}.")
-
-    def toy(self) -> ToyDistribution:
-        """The distribution.
-
-        Raises:
-            ConfigError: There is none such.
-        """
-        try:
-            return ToyDistribution(self.probability, self.eta, self.others, self.radius)
-        except InputError as error:
-            raise ConfigError(str(error)) from error
-
-    def run(self, place: Workplace) -> Findings:
-        toy = self.toy()
-        weights = self.weights or _weights(toy)
-        place.say(f"{len(weights) + 1} classifiers")
-        table = trade_off_table(toy, sorted({*weights, toy.bayes_weight}), self.samples, self.seed)
-        bound = _bound(toy, table)
-        caption = (
-            f"p = {toy.probability:g}, eta = {toy.eta:g}, {toy.others} other features, radius "
-            f"{toy.reach / toy.others:g}. Lines: closed forms; points: {self.samples:,} samples with standard "
-            "errors. A perturbation is valid if its label stays the most probable one (definition 3)."
-        )
-        figure = drawings.draw_trade_off(table, toy.bayes_weight, bound)
-        return Findings(
-            {"trade_off": table},
-            {"trade_off": Drawing(figure, "Robust and accurate, on the toy problem", caption)},
-            list(_toy_statements(toy, table, bound)),
-        )
-
-
-def _weights(toy: ToyDistribution) -> tuple[float, ...]:
-    low = toy.bayes_weight / 10 or 0.01
-    high = 1.3 * (toy.reach + 3 * np.sqrt(toy.others)) + toy.bayes_weight
-    return tuple(float(value) for value in np.geomspace(low, high, 24))
-
-
-def _bound(toy: ToyDistribution, table: pd.DataFrame) -> np.ndarray:
-    """Theorem 2.1 of Tsipras et al., which needs the radius 2 eta; else no bound."""
-    if toy.reach < 2 * toy.eta * toy.others:
-        return np.ones(len(table))
-    return robust_bound(toy, table.standard)
-
-
-def _toy_statements(
-    toy: ToyDistribution, table: pd.DataFrame, bound: np.ndarray
-) -> Iterator[Statement]:
-    source = "Disentangling, section I"
-    one = np.ones(1)
-    before = np.concatenate([-one, np.full(toy.others, toy.eta)])[None]
-    after = before - np.concatenate([0 * one, np.full(toy.others, toy.reach / toy.others)])[None]
-    odds = [float(toy.log_odds(features)[0]) for features in (before, after)]
-    yield Statement(
-        "The example of eq. 27 is no adversarial example: its label is not the most probable one any more",
-        f"x_1 = -1 and the others at eta, label 1: the log odds of the label are {odds[0]:.4g}, after the move "
-        f"{odds[1]:.4g}.",
-        _verdict([odds[0] > 0 > odds[1]]),
-        f"{source}, eq. 27",
-    )
-    bayes = table.loc[(table.weight - toy.bayes_weight).abs().idxmin()]
-    slack = bound - table.robust.to_numpy()
-    yield Statement(
-        "Against every perturbation no classifier is both robust and accurate",
-        f"The most accurate one: {bayes.standard:.4f} standard, {bayes.robust:.4f} robust. Robust accuracy is "
-        f"at least {slack.min():.2g} below p / (1 - p) times the standard error.",
-        _verdict([bool((slack >= -1e-12).all())]) if (bound < 1).any() else "not measured",
-        "Tsipras et al. 2018, theorem 2.1",
-    )
-    best = table.loc[table.valid.idxmax()]
-    yield Statement(
-        "Against valid perturbations the most accurate classifier is the most robust one, and loses nothing",
-        f"The Bayes classifier: {bayes.standard:.4f} standard, {bayes.valid:.4f} robust; the most that any weight "
-        f"reaches is {table.standard.max():.4f} and {best.valid:.4f}.",
-        _verdict([bool(bayes.valid >= best.valid and bayes.standard == bayes.valid)]),
-        source,
-    )
-    others = table[table.weight != bayes.weight]
-    accurate = others.loc[others.standard.idxmax()]
-    yield Statement(
-        "Then accurate classifiers are robust",
-        f"Only the Bayes classifier has no valid adversarial examples: of weight {accurate.weight:.4g} instead of "
-        f"{bayes.weight:.4g} the standard accuracy is {accurate.standard:.4f}, and the robust one "
-        f"{accurate.valid:.4f}.",
-        _verdict([bool(accurate.standard - accurate.valid < 0.01)]),
-        "not said there",
-    )
-    names = ("standard", "robust", "valid", "invalid_share")
-    errors = pd.concat(
-        [
-            (table[f"{name} sampled"] - table[name]).abs() / table[f"error of {name}"]
-            for name in names
-        ]
-    ).replace(np.inf, np.nan)
-    yield Statement(
-        "Closed forms and Monte Carlo agree",
-        f"{int(errors.count())} comparisons; the largest difference is {errors.max():.2f} standard errors, "
-        "5 are allowed to as many as that.",
-        _verdict([bool(errors.max() <= 5)]),
-        "",
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from onmanifold.reports.figures import (
     COLOURS,
@@ -29,7 +30,7 @@ _SPACES = {"image": "image space", "latent": "latent space"}
 
 
 def draw_ellipses(planes: Sequence[Plane]) -> Figure:
-    """Data of two dimensions, the worst perturbations, and what adversarial training makes of it (Directions figure 1).
+    """Data of two dimensions, the worst perturbations, and the trained distribution (Directions figure 1).
 
     Args:
         planes: A panel for each, from `onmanifold.analysis.theory.curves.attack_plane`.
@@ -62,7 +63,7 @@ def _draw_plane(pane: Axes, plane: Plane) -> None:
         label="after adversarial training",
     )
     for number, (x, y) in enumerate(plane.points):
-        outline = plane.reach + (x, y)
+        outline = plane.reach + np.array([x, y])
         label = "within reach of a point" if number == 0 else None
         pane.plot(*outline.T, color=FAINT, linewidth=1.0, alpha=0.9, label=label)
     pane.quiver(
@@ -75,7 +76,7 @@ def _draw_plane(pane: Axes, plane: Plane) -> None:
         color=INK,
         zorder=3,
     )
-    arrow = {"marker": r"$\rightarrow$", "markersize": 13, "linestyle": "none"}
+    arrow: dict[str, Any] = {"marker": r"$\rightarrow$", "markersize": 13, "linestyle": "none"}
     pane.plot([], [], color=INK, label="worst perturbation", **arrow)
     pane.set_title(f"{_SPACES[plane.space]}, radius {plane.radius:.2g}")
     pane.grid()
@@ -200,8 +201,7 @@ def _draw_risk_line(pane: Axes, name: str, line: pd.DataFrame, number: int) -> N
         pane.plot(part.position, part.risk, color=colour, linestyle=dash, label=label)
     if sampled:
         marker = MARKERS[number % len(MARKERS)]
-        # Every third point, each line's beside the others'.
-        every = line.iloc[number % 3 :: 3]
+        every = line[line.sampled.notna()]
         pane.errorbar(
             every.position,
             every.sampled,
@@ -216,13 +216,13 @@ def _draw_risk_line(pane: Axes, name: str, line: pd.DataFrame, number: int) -> N
         )
 
 
-def draw_trade_off(table: pd.DataFrame, bayes_weight: float, bound: Sequence[float]) -> Figure:
+def draw_trade_off(table: pd.DataFrame, bayes_weight: float, bound: NDArray[np.float64]) -> Figure:
     """Accuracies over the weight of the first feature, and robust over standard accuracy.
 
     Args:
         table: From `onmanifold.analysis.theory.curves.trade_off_table`.
         bayes_weight: Weight of the Bayes classifier.
-        bound: Most that the robust accuracy can be at each row's standard accuracy, for any classifier.
+        bound: (rows,) most that the robust accuracy can be at the row's standard accuracy, for any classifier.
     """
     names = {
         "standard": "standard",
@@ -252,7 +252,7 @@ def draw_trade_off(table: pd.DataFrame, bayes_weight: float, bound: Sequence[flo
         order = np.argsort(table.standard.to_numpy())
         right.plot(
             table.standard.to_numpy()[order],
-            np.asarray(bound, dtype=float)[order],
+            bound[order],
             color=INK,
             linewidth=1.0,
             linestyle=DASHES[3],

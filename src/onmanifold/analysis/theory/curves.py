@@ -143,7 +143,7 @@ def risk_table(
     """Excess risk over multiplier and radius, closed form and Monte Carlo.
 
     Columns: panel ("latent": over L; "image": over λ_min L; "radius"), line, position, risk (closed form), sampled
-    and error (Monte Carlo at every third position, else NaN). Where λ_min = 0 image lines are left out, as infinite.
+    and error (Monte Carlo at every third position, else NaN). With λ_min = 0 image lines are left out: infinite.
     In the first two panels all are multiplied by the position, so that a risk that falls as 1 / L is level.
 
     Args:
@@ -183,8 +183,7 @@ def _compared(
     multiplier: float,
     sampled: bool,
 ) -> Point:
-    name, *attack = line
-    model, space, source = attack
+    name, model, space, source = line
     closed = risk.perturbation_risk(model, space, multiplier, source)
     if not sampled:
         return _point(panel, name, position, closed)

@@ -121,7 +121,9 @@ class Theory(Analysis):
     def _drawings(self, spectrum: pd.DataFrame, risks: pd.DataFrame) -> dict[str, Drawing]:
         first, second = _PLANE
         planes = attack_plane(_PLANE, _PLANE_RADIUS)
-        sampled = f"points: Monte Carlo with {self.samples:,} samples and standard errors"
+        sampled = (
+            f"points: {self.samples:,} samples, standard errors mostly smaller than the points"
+        )
         return {
             "ellipses": Drawing(
                 drawings.draw_ellipses(planes),

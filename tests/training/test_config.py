@@ -56,6 +56,7 @@ def test_built_from_plain_data():
         ({"precision": "16"}, "precision"),
         ({"attack_precision": "16"}, "attack_precision"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"snapshot_epochs": 0}, "snapshot_epochs: expected an integer >= 1, found 0"),
         ({"gradient_clip": 0.0}, "gradient_clip"),
         ({"validation_attack": "pdg"}, "Did you mean 'pgd'"),
         ({"betas": [0.9]}, "betas"),

@@ -1,5 +1,11 @@
 """What explains models and manifolds: distances, labels kept, how good a manifold is, what goes together."""
 
+from onmanifold.analysis.activation_maps import (
+    activation_maps,
+    agreement,
+    last_convolution,
+    share_inside,
+)
 from onmanifold.analysis.distance import (
     ManifoldDistance,
     distance_by_neighbours,
@@ -28,17 +34,21 @@ __all__ = [
     "NearestClass",
     "Quality",
     "Relation",
+    "activation_maps",
+    "agreement",
     "correlate",
     "correlations_table",
     "distance_by_neighbours",
     "distance_by_projection",
     "frechet_distance",
     "keeps_label",
+    "last_convolution",
     "measure_quality",
     "nearest_class",
     "nearest_images",
     "regress",
     "relate",
+    "share_inside",
     "slopes_table",
     "success_rate",
 ]

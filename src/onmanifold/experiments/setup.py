@@ -13,7 +13,7 @@ from onmanifold.classifiers.layers import Classifier
 from onmanifold.data import Dataset
 from onmanifold.data.on_manifold import MANIFOLD_FILE
 from onmanifold.experiments.datasets import dataset_options, load_split
-from onmanifold.experiments.spec import Experiment
+from onmanifold.experiments.spec import DatasetSpec, Experiment
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import (
     ATTACKS,
@@ -86,7 +86,7 @@ def prepare(experiment: Experiment) -> Setup:
         DataError: The data is missing or damaged.
     """
     DATASETS.get(experiment.dataset.type)
-    manifold = _manifold(experiment)
+    manifold = manifold_of(experiment.manifold, experiment.dataset)
     methods, attacks, training = build_parts(experiment, manifold)
     train, test = (load_split(experiment.dataset, split) for split in ("train", "test"))
     if (train.image_shape, train.classes) != (test.image_shape, test.classes):
@@ -139,25 +139,30 @@ def _build_all(
     return built
 
 
-def _manifold(experiment: Experiment) -> Manifold | None:
-    if experiment.manifold is not None:
+def manifold_of(specification: Any, dataset: DatasetSpec) -> Manifold | None:
+    """The manifold that a specification asks for; None: the dataset's own, where it has one.
+
+    Raises:
+        ConfigError: The specification is wrong.
+    """
+    if specification is not None:
         # Registers "fitted", which no lower room can know.
         from onmanifold.experiments import fits  # noqa: F401
 
         try:
-            manifold = MANIFOLDS.build(experiment.manifold)
+            manifold = MANIFOLDS.build(specification)
         except ConfigError as error:
             raise ConfigError(f"manifold: {error}") from error
         if not isinstance(manifold, Manifold):
-            raise ConfigError(f"manifold: expected a manifold, found {experiment.manifold!r}.")
+            raise ConfigError(f"manifold: expected a manifold, found {specification!r}.")
         return manifold
-    if experiment.dataset.type == "on_manifold":
-        folder = Path(str(experiment.dataset.options.get("folder")))
+    if dataset.type == "on_manifold":
+        folder = Path(str(dataset.options.get("folder")))
         return load_manifold(folder / MANIFOLD_FILE)
-    if experiment.dataset.type != "fonts":
+    if dataset.type != "fonts":
         return None
     from onmanifold.manifolds.fonts import fonts_manifold
 
-    options = dataset_options(experiment.dataset)
+    options = dataset_options(dataset)
     chosen: dict[str, Any] = {key: options[key] for key in ("folder", "variant") if key in options}
     return build_component(fonts_manifold, chosen, Context(), "dataset 'fonts'")

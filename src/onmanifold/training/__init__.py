@@ -28,6 +28,7 @@ from onmanifold.training.methods import (
 )
 from onmanifold.training.run import TrainingResult, train
 from onmanifold.training.run_fit import FitResult, fit
+from onmanifold.training.state import snapshots_of
 
 __all__ = [
     "ATLD",
@@ -59,5 +60,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "fit",
+    "snapshots_of",
     "train",
 ]

@@ -97,6 +97,9 @@ class Classification(Task):
         for name, part in self.others.items():
             spec = getattr(part, "spec", None)
             write_module(name, part, _beside(path, name), spec, metadata)
+        self.keep_model(model, path, metadata)
+
+    def keep_model(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
         save_classifier(model, path, metadata)
 
     def restore(self, path: Path) -> None:

@@ -13,7 +13,10 @@ from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import Component, describe
 from onmanifold.training.schedules import SCHEDULES, Exponential, Schedule
 
-_WITHOUT_EFFECT = ("checkpoint_epochs", "checkpoint_minutes", "compile", "loss_limit", "threads")
+_WITHOUT_EFFECT = (
+    *("checkpoint_epochs", "checkpoint_minutes", "snapshot_epochs"),
+    *("compile", "loss_limit", "threads"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class TrainingConfig(Component):
             a sample being robust that withstands each. A method without attacks is judged by clean accuracy.
         checkpoint_epochs: Epochs between checkpoints; there is always one at the end.
         checkpoint_minutes: Minutes after which a checkpoint is written inside an epoch.
+        snapshot_epochs: Epochs between snapshots: ``snapshots/epoch-0004.safetensors`` in the training's directory
+            holds the weights as they were then, the averaged ones where there is an average. There is always one
+            at the end. None: none are kept. They change nothing of what is trained.
         loss_limit: A larger loss counts as diverged.
         threads: CPU threads; None: 1 for a model so small that handing work around costs more than it saves,
             else as set outside.
@@ -73,6 +79,7 @@ class TrainingConfig(Component):
     validation_attack: Attack | None = None
     checkpoint_epochs: int = 1
     checkpoint_minutes: float = 10.0
+    snapshot_epochs: int | None = None
     loss_limit: float = 1000.0
     threads: int | None = None
 
@@ -99,7 +106,9 @@ class TrainingConfig(Component):
         self._check("ema", self.ema is None or 0 < self.ema < 1, "a number in (0, 1)")
         self._check("validation_fraction", 0 <= self.validation_fraction < 1, "a number in [0, 1)")
         self._check("loss_limit", self.loss_limit > 0, "a number > 0")
-        self._check("threads", self.threads is None or self.threads >= 1, "an integer >= 1")
+        for name in ("snapshot_epochs", "threads"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "an integer >= 1")
 
     @property
     def identity(self) -> dict[str, Any]:

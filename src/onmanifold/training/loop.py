@@ -349,6 +349,9 @@ class Training:
         if score >= state.score:
             state.score, state.best_epoch = score, state.epoch
             self._keep_best(entry)
+        every = self.config.snapshot_epochs
+        if every is not None and (state.epoch % every == 0 or self.finished):
+            self._keep_snapshot(entry)
         if self.files is not None:
             pictures = self.files.directory / "pictures"
             self._together(
@@ -366,12 +369,13 @@ class Training:
             }
             return
         best = self.files.best
-        metadata = {
-            name: value
-            for name, value in entry.items()
-            if name == "epoch" or name.startswith("validation_")
-        }
-        self._together(lambda: self.task.keep(self.kept, best, metadata))
+        self._together(lambda: self.task.keep(self.kept, best, _metadata(entry)))
+
+    def _keep_snapshot(self, entry: Mapping[str, Any]) -> None:
+        """Before the checkpoint: a training that is continued after this epoch has it."""
+        if self.files is not None:
+            path = self.files.snapshot(self.state.epoch)
+            self._together(lambda: self.task.keep_model(self.kept, path, _metadata(entry)))
 
     def save(self) -> None:
         """Write the checkpoint; the first process does."""
@@ -436,3 +440,12 @@ class Training:
             for module in task.modules.values():
                 module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return task.model.eval()
+
+
+def _metadata(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept beside weights: of which epoch they are, and what was measured of them."""
+    return {
+        name: value
+        for name, value in entry.items()
+        if name == "epoch" or name.startswith("validation_")
+    }

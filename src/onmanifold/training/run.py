@@ -73,7 +73,8 @@ def train(
     A share of ``dataset`` is held out, and the weights of the epoch with the best robust accuracy on it are
     the result (see `TrainingConfig`). With a directory, ``last.ckpt`` holds the state: the same call continues
     from it after any interruption, ends as an undisturbed training would, and returns at once when there is
-    nothing left to do. Beside it stand ``best.safetensors`` and ``metrics.jsonl``, a line per epoch.
+    nothing left to do. Beside it stand ``best.safetensors`` and ``metrics.jsonl``, a line per epoch, and where
+    the configuration asks for snapshots, ``snapshots/`` (see `snapshots_of`).
 
     Args:
         method: What loss is taken: a method, or its specification, such as "normal".

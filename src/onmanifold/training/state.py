@@ -15,6 +15,15 @@ from onmanifold.training import checkpoint as on_disk
 from onmanifold.training.ema import MovingAverage
 from onmanifold.training.log import History, write_metrics
 
+SNAPSHOTS = "snapshots"
+"""Folder of the weights that a training keeps on its way, beside its checkpoint."""
+
+
+def snapshots_of(directory: str | Path) -> dict[int, Path]:
+    """The snapshots that a training has kept in its directory: files for `load_classifier` by epoch (from 1)."""
+    found = sorted((Path(directory) / SNAPSHOTS).glob("epoch-*.safetensors"))
+    return {int(path.stem.removeprefix("epoch-")): path for path in found}
+
 
 @dataclass
 class State:
@@ -53,7 +62,7 @@ class State:
 
 
 class RunFiles:
-    """The files of a run: ``last.ckpt``, ``best.safetensors``, ``metrics.jsonl``.
+    """The files of a run: ``last.ckpt``, ``best.safetensors``, ``metrics.jsonl``, ``snapshots/``.
 
     Args:
         directory: Where they are.
@@ -64,6 +73,10 @@ class RunFiles:
         self.directory, self.identity = directory, identity
         self.last = directory / "last.ckpt"
         self.best = directory / "best.safetensors"
+
+    def snapshot(self, epoch: int) -> Path:
+        """The file of the weights after an epoch (from 1)."""
+        return self.directory / SNAPSHOTS / f"epoch-{epoch:04d}.safetensors"
 
     def save(
         self,

@@ -125,6 +125,10 @@ class Task(ABC):
     def keep(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
         """Write the model's file, and what belongs to it beside it."""
 
+    def keep_model(self, model: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the model's file alone; several may stand in one folder."""
+        self.keep(model, path, metadata)
+
     @abstractmethod
     def restore(self, path: Path) -> None:
         """Load the weights from what `keep` wrote."""

@@ -1,6 +1,8 @@
 """The analyses by name: what `onmanifold analyse` runs. Each module registers its own."""
 
+from onmanifold.experiments.analyses import activation_maps as activation_maps
 from onmanifold.experiments.analyses import curves as curves
+from onmanifold.experiments.analyses import flow_levels as flow_levels
 from onmanifold.experiments.analyses import sweep as sweep
 from onmanifold.experiments.analyses import theory as theory
 from onmanifold.experiments.analyses import transferring as transferring

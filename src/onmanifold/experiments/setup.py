@@ -25,6 +25,7 @@ from onmanifold.foundation.registry import (
     Registry,
     build_component,
     describe,
+    nearest,
 )
 from onmanifold.manifolds.base import Manifold
 from onmanifold.manifolds.factory import load_manifold
@@ -137,6 +138,18 @@ def _build_all(
         except ConfigError as error:
             raise ConfigError(f"{place}.{name}: {error}") from error
     return built
+
+
+def chosen_attacks(setup: Setup, names: tuple[str, ...] | None) -> dict[str, Attack]:
+    """The experiment's attacks of these names; all for None.
+
+    Raises:
+        ConfigError: It has no such attack.
+    """
+    for name in names or ():
+        if name not in setup.attacks:
+            raise ConfigError(f"attacks: unknown attack {name!r}.{nearest(name, setup.attacks)}")
+    return {name: setup.attacks[name] for name in (setup.attacks if names is None else names)}
 
 
 def manifold_of(specification: Any, dataset: DatasetSpec) -> Manifold | None:

@@ -30,7 +30,7 @@ from onmanifold.experiments.analyses.base import (
     Statement,
     Workplace,
 )
-from onmanifold.experiments.setup import Setup
+from onmanifold.experiments.setup import Setup, chosen_attacks
 from onmanifold.experiments.summary import Trained
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import nearest
@@ -261,18 +261,6 @@ class _Look:
     small: Tensor
     shown: Mapping[str, Mapping[str, Tensor]]
     layer: str = ""
-
-
-def chosen_attacks(setup: Setup, names: tuple[str, ...] | None) -> dict[str, Attack]:
-    """The experiment's attacks of these names; all for None.
-
-    Raises:
-        ConfigError: It has no such attack.
-    """
-    for name in names or ():
-        if name not in setup.attacks:
-            raise ConfigError(f"attacks: unknown attack {name!r}.{nearest(name, setup.attacks)}")
-    return {name: setup.attacks[name] for name in (setup.attacks if names is None else names)}
 
 
 def _upsampled(maps: Tensor, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from onmanifold.analysis.distance import (
     distance_by_neighbours,
     distance_by_projection,
 )
+from onmanifold.analysis.flow_levels import LevelAttack, attack_levels, mean_frequency
 from onmanifold.analysis.frechet import frechet_distance
 from onmanifold.analysis.generalisation import (
     Correlation,
@@ -25,17 +26,22 @@ from onmanifold.analysis.generalisation import (
 )
 from onmanifold.analysis.nearest import nearest_images
 from onmanifold.analysis.quality import Quality, measure_quality
+from onmanifold.analysis.snapshots import robust_overfitting
+from onmanifold.analysis.traversal import Traversal, principal_directions, traverse
 from onmanifold.analysis.validity import NearestClass, keeps_label, nearest_class
 
 __all__ = [
     "Correlation",
+    "LevelAttack",
     "Line",
     "ManifoldDistance",
     "NearestClass",
     "Quality",
     "Relation",
+    "Traversal",
     "activation_maps",
     "agreement",
+    "attack_levels",
     "correlate",
     "correlations_table",
     "distance_by_neighbours",
@@ -43,12 +49,16 @@ __all__ = [
     "frechet_distance",
     "keeps_label",
     "last_convolution",
+    "mean_frequency",
     "measure_quality",
     "nearest_class",
     "nearest_images",
+    "principal_directions",
     "regress",
     "relate",
+    "robust_overfitting",
     "share_inside",
     "slopes_table",
     "success_rate",
+    "traverse",
 ]

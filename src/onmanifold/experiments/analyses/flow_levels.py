@@ -108,7 +108,7 @@ class FlowLevels(Analysis):
         table = pd.DataFrame([_row(result, clean) for result in found])
         with torch.no_grad():
             shown = _most_telling(found, clean)
-            seen = [int(model(result.images[shown, None][0]).argmax()) for result in found]
+            seen = [int(model(result.images[shown].unsqueeze(0)).argmax()) for result in found]
         drawings = {
             "levels": Drawing(
                 self._picture(found, batch, shown, [test.classes[label] for label in seen]),

@@ -42,10 +42,7 @@ def draw_levels(
     """
     differences = np.abs(attacked - image).mean(axis=2)
     tops = [float(np.percentile(differences[:, r], _SHARE)) for r in range(len(radii))]
-    shown = [
-        coloured(differences[:, r], Scale("", top)) if top else np.zeros_like(differences[:, r])
-        for r, top in enumerate(tops)
-    ]
+    shown = [coloured(differences[:, r], Scale("", top)) for r, top in enumerate(tops)]
     rows = np.concatenate([as_colours(attacked), np.stack(shown, axis=1)], axis=1)
     first = np.broadcast_to(as_colours(image), (len(levels), 1, *rows.shape[2:]))
     blank: Any = [""] * len(radii)

@@ -37,9 +37,7 @@ def draw_traversal(
         np.stack([as_colours(image), as_colours(reconstruction)]),
         (len(directions), 2, *as_colours(image).shape),
     )
-    captions = [
-        ["", "", *(f"{value:+.1f}".replace("-", "−") for value in row)] for row in offsets.tolist()
-    ]
+    captions = [["", "", *map(_signed, row)] for row in offsets.tolist()]
     grid = Grid(
         np.concatenate([fixed, as_colours(lines)], axis=1),
         directions,
@@ -48,6 +46,10 @@ def draw_traversal(
         captions=captions,
     )
     return draw_grid(grid)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
 
 
 def draw_changes(table: pd.DataFrame) -> Figure:

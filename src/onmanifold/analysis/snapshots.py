@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from onmanifold.evaluation.statistics import PairedComparison, compare_paired
 from onmanifold.foundation.errors import InputError
+from onmanifold.foundation.randomness import permutation
+
+_PARTS = 10
 
 
 class Overfitting(NamedTuple):
@@ -27,8 +30,8 @@ def robust_overfitting(correct: NDArray[np.bool_], confidence: float = 0.95) -> 
     """The fall of accuracy from the best snapshot to the last, without the luck of the choice.
 
     The best of several snapshots on some samples is better there than anywhere else: its lead over the last one
-    is above zero even where all are equally good. So each half of the samples (even and odd positions) is judged
-    on the snapshot that is best on the other half.
+    is above zero even where all are equally good. So the samples are dealt out at random to ten parts, the same in
+    each call, and each part is judged on the snapshot that is best on the nine others.
 
     Args:
         correct: (E, N) bool: whether each snapshot is right on each sample, in the order of training.
@@ -42,8 +45,12 @@ def robust_overfitting(correct: NDArray[np.bool_], confidence: float = 0.95) -> 
             "correct: expected bool (E, N) with at least one snapshot and two samples, found "
             f"{correct.dtype} {correct.shape}."
         )
-    even = np.arange(correct.shape[1]) % 2 == 0
-    chosen = np.where(even, correct[_best(correct[:, ~even])], correct[_best(correct[:, even])])
+    # At random: the order of a data set may tell of its classes.
+    part = permutation(0, correct.shape[1], stream="snapshots").numpy() % _PARTS
+    chosen = np.empty_like(correct[0])
+    for number in np.unique(part):
+        mine = part == number
+        chosen[mine] = correct[_best(correct[:, ~mine]), mine]
     return Overfitting(_best(correct), compare_paired(chosen, correct[-1], confidence))
 
 

@@ -86,10 +86,15 @@ def test_an_empty_map_is_dark_and_a_full_one_bright():
     )
 
 
-def test_differences_of_levels_are_on_the_scale_of_their_radius():
+def test_each_difference_has_its_own_scale():
     image = np.zeros((1, 4, 4), dtype=np.float32)
     attacked = np.zeros((2, 2, 1, 4, 4), dtype=np.float32)
-    attacked[0, 0], attacked[1, 0] = 0.1, 0.05
+    attacked[0, 0], attacked[1, 0], attacked[1, 1] = 0.1, 0.05, 0.001
     figure = draw_levels(image, attacked, ["level 1", "level 2"], (0.02, 0.1))
-    labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
-    assert labels == ["image", "0.02", "0.1", "0.02\n×10", "0.1"]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[3:] == [*[""] * 3, "×10", "", *[""] * 3, "×20", "×1,000"]
+    canvas = picture_of(figure)
+    bright, dark = (np.array(mpl.colormaps["magma"](share)[:3]) for share in (1.0, 0.0))
+    # The rightmost column holds the differences at the larger radius: none above, a small one below.
+    np.testing.assert_allclose(canvas[0, -1, :3], dark, rtol=1e-5)
+    np.testing.assert_allclose(canvas[-1, -1, :3], bright, rtol=1e-5)

@@ -26,7 +26,6 @@ from onmanifold.analysis.generalisation import (
 )
 from onmanifold.analysis.nearest import nearest_images
 from onmanifold.analysis.quality import Quality, measure_quality
-from onmanifold.analysis.snapshots import robust_overfitting
 from onmanifold.analysis.traversal import Traversal, principal_directions, traverse
 from onmanifold.analysis.validity import NearestClass, keeps_label, nearest_class
 
@@ -56,7 +55,6 @@ __all__ = [
     "principal_directions",
     "regress",
     "relate",
-    "robust_overfitting",
     "share_inside",
     "slopes_table",
     "success_rate",

@@ -9,6 +9,7 @@ from onmanifold.evaluation.defence_projection import ManifoldProjection
 from onmanifold.evaluation.defence_result import DefenceEvaluation
 from onmanifold.evaluation.defences import BPDA, Defence, Differentiable, Unrolled, inner_gradient
 from onmanifold.evaluation.ledger import STANDARD, WORST_CASE, Evaluation
+from onmanifold.evaluation.overfitting import Overfitting, robust_overfitting
 from onmanifold.evaluation.recheck import recheck
 from onmanifold.evaluation.runner import evaluate
 from onmanifold.evaluation.shards import model_digest
@@ -41,6 +42,7 @@ __all__ = [
     "Finding",
     "Interval",
     "ManifoldProjection",
+    "Overfitting",
     "PairedComparison",
     "Transfer",
     "Unrolled",
@@ -54,6 +56,7 @@ __all__ = [
     "mean_interval",
     "model_digest",
     "recheck",
+    "robust_overfitting",
     "transfer",
     "uar",
     "unseen_attacks",

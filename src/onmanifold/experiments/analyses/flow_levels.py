@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from onmanifold.analysis.flow_levels import LevelAttack, attack_levels
 from onmanifold.classifiers import load_classifier
-from onmanifold.data.dataset import Batch
+from onmanifold.data.dataset import Batch, Dataset
 from onmanifold.evaluation.statistics import (
     compare_paired,
     mean_interval,
@@ -53,7 +54,8 @@ class FlowLevels(Analysis):
         method: Whose classifier is attacked; None: the experiment's first method. Its first seed is taken.
         radii: Of the l∞ ball around the latents; the defaults are the paper's.
         steps: Of PGD.
-        images: Number of test images that are attacked.
+        images: Number of test images that are attacked: the first ones that the classifier sees right, so many
+            as there are.
         batch_size: Images at once.
         seed: Of the attack's random starts.
     """
@@ -87,14 +89,7 @@ class FlowLevels(Analysis):
         job = place.trained([method], [experiment.seeds[0]])[0]
         model = load_classifier(job.classifier).to(session.fabric.device)
         test = session.setup.test
-        batch = test.batch(torch.arange(min(self.images, len(test))), session.fabric.device)
-        with torch.no_grad():
-            parts = torch.split(batch.images, self.batch_size)
-            clean = torch.cat([model(part).argmax(1) for part in parts]) == batch.labels
-        if not bool(clean.any()):
-            raise ConfigError(
-                f"method: the classifier of {method!r} is right on none of the images."
-            )
+        batch = self._seen_right(model, test, session.fabric.device)
         found = []
         for result in attack_levels(
             *(model, manifold, batch.images, batch.labels, self.radii),
@@ -105,9 +100,9 @@ class FlowLevels(Analysis):
         ):
             found.append(result)
             place.say(f"{_name(result)}, radius {result.radius:g}: attacked")
-        table = pd.DataFrame([_row(result, clean) for result in found])
+        table = pd.DataFrame([_row(result) for result in found])
         with torch.no_grad():
-            shown = _most_telling(found, clean)
+            shown = _most_telling(found)
             seen = [int(model(result.images[shown].unsqueeze(0)).argmax()) for result in found]
         drawings = {
             "levels": Drawing(
@@ -115,17 +110,34 @@ class FlowLevels(Analysis):
                 "Attacks on single levels",
                 f"A test image ({test.classes[int(batch.labels[shown])]}) with one level of its latents attacked, "
                 "and with all of them, at several radii; below, the class that the classifier sees, ✗ where it is "
-                "fooled. On the right the change of each pixel, mean over channels, magnified for each radius.",
+                "wrong. On the right the change of each pixel, mean over channels, times the number below.",
             ),
             "measures": Drawing(
                 draw_level_measures(table),
                 "What attacks on single levels do",
-                f"PGD-{self.steps} on the latents of {int(clean.sum()):,} correctly classified test images, means "
+                f"PGD-{self.steps} on the latents of {len(batch.labels):,} correctly classified images, means "
                 "with 95 % intervals over images. Frequency: of the change, weighted by power; independent pixels "
                 "have 0.38.",
             ),
         }
-        return Findings({"levels": table}, drawings, _statements(found, clean))
+        return Findings({"levels": table}, drawings, _statements(found))
+
+    @torch.no_grad()
+    def _seen_right(self, model: nn.Module, test: Dataset, device: torch.device) -> Batch:
+        right = torch.cat(
+            [
+                model(batch.images).argmax(1).cpu() == batch.labels.cpu()
+                for part in torch.split(torch.arange(len(test)), self.batch_size)
+                for batch in [test.batch(part, device)]
+            ]
+        )
+        positions = right.nonzero().squeeze(1)[: self.images]
+        if len(positions) < 2:
+            raise ConfigError(
+                f"method: expected a classifier that is right on at least two of {len(test)} test images, found "
+                f"one that is right on {len(positions)}."
+            )
+        return test.batch(positions, device)
 
     def _manifold(self, place: Workplace) -> Manifold:
         setup = place.experiment.setup
@@ -159,9 +171,8 @@ def _name(result: LevelAttack) -> str:
     return "level " + ", ".join(map(str, result.levels))
 
 
-def _row(result: LevelAttack, clean: torch.Tensor) -> dict[str, object]:
-    """Over the images that are classified correctly."""
-    count, hits = int(clean.sum()), int(result.success[clean].sum())
+def _row(result: LevelAttack) -> dict[str, object]:
+    count, hits = len(result.success), int(result.success.sum())
     low, high = wilson_interval(hits, count)
     row: dict[str, object] = {
         "level": _name(result),
@@ -172,38 +183,38 @@ def _row(result: LevelAttack, clean: torch.Tensor) -> dict[str, object]:
         "success_high": high,
     }
     for name in ("linf", "l2", "frequency"):
-        estimate = mean_interval(_values(result, name, clean))
+        estimate = mean_interval(_values(result, name))
         row |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return row
 
 
-def _values(result: LevelAttack, name: str, clean: torch.Tensor) -> NDArray[np.float64]:
-    values = getattr(result, name)[clean].double().numpy(force=True)
+def _values(result: LevelAttack, name: str) -> NDArray[np.float64]:
+    values = getattr(result, name).double().numpy(force=True)
     return np.asarray(values[np.isfinite(values)], dtype=np.float64)
 
 
-def _most_telling(found: Sequence[LevelAttack], clean: torch.Tensor) -> int:
-    """The first correctly classified image that about half of the attacks fool: there their pictures differ."""
+def _most_telling(found: Sequence[LevelAttack]) -> int:
+    """The first image that about half of the attacks fool: there their pictures differ."""
     fooled = torch.stack([result.success for result in found]).double().mean(0)
-    return int((fooled - 0.5).abs().masked_fill(~clean, 2.0).argmin())
+    return int((fooled - 0.5).abs().argmin())
 
 
-def _statements(found: Sequence[LevelAttack], clean: torch.Tensor) -> list[Statement]:
+def _statements(found: Sequence[LevelAttack]) -> list[Statement]:
     alone = [result for result in found if result.levels is not None]
     radii = list(dict.fromkeys(result.radius for result in found))
     statements = []
     for radius in radii:
         single = [result for result in alone if result.radius == radius]
         whole = next(r for r in found if r.levels is None and r.radius == radius)
-        statements.append(_finer(single[0], single[-1], clean))
-        best = max(single, key=lambda result: float(result.success[clean].double().mean()))
-        statements.append(_stronger(whole, best, clean))
+        statements.append(_finer(single[0], single[-1]))
+        best = max(single, key=lambda result: float(result.success.double().mean()))
+        statements.append(_stronger(whole, best))
     return statements
 
 
-def _finer(first: LevelAttack, last: LevelAttack, clean: torch.Tensor) -> Statement:
+def _finer(first: LevelAttack, last: LevelAttack) -> Statement:
     """The change goes from fine to coarse, from the first level to the last."""
-    one, other = (r.frequency[clean].double().numpy(force=True) for r in (first, last))
+    one, other = (r.frequency.double().numpy(force=True) for r in (first, last))
     both = np.isfinite(one) & np.isfinite(other)
     estimate = mean_interval((one - other)[both])
     return Statement(
@@ -216,9 +227,9 @@ def _finer(first: LevelAttack, last: LevelAttack, clean: torch.Tensor) -> Statem
     )
 
 
-def _stronger(whole: LevelAttack, best: LevelAttack, clean: torch.Tensor) -> Statement:
+def _stronger(whole: LevelAttack, best: LevelAttack) -> Statement:
     """All levels at once are a stronger attack than the strongest of them alone."""
-    every, alone = (r.success[clean].numpy(force=True) for r in (whole, best))
+    every, alone = (r.success.numpy(force=True) for r in (whole, best))
     pair = compare_paired(every, alone)
     return Statement(
         f"At radius {whole.radius:g} an attack on all levels fools the classifier more often than one on "

@@ -10,10 +10,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import pandas as pd
 
-from onmanifold.analysis.snapshots import robust_overfitting
 from onmanifold.attacks import Attack
 from onmanifold.classifiers import load_classifier
-from onmanifold.evaluation import STANDARD, Evaluation, evaluate
+from onmanifold.evaluation import STANDARD, Evaluation, evaluate, robust_overfitting
 from onmanifold.evaluation.statistics import mean_interval, verdict
 from onmanifold.experiments.analyses.base import (
     ANALYSES,

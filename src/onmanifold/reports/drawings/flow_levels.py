@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,8 @@ def draw_levels(
 ) -> Figure:
     """A row for each level: the attacked image at each radius, then what changed, magnified.
 
-    Differences are means over channels. Each radius has a scale of its own over all levels, since the changes of
-    small radii would not be seen beside those of large ones.
+    Differences are means over channels. Each has a scale of its own, given by the number below it, since levels
+    differ in how much they change: it brings all but the brightest pixels to the range of the colours.
 
     Args:
         image: (C, H, W) in [0, 1], the image itself.
@@ -41,25 +41,19 @@ def draw_levels(
         marks: For each level and radius whether the classifier is fooled.
     """
     differences = np.abs(attacked - image).mean(axis=2)
-    tops = [float(np.percentile(differences[:, r], _SHARE)) for r in range(len(radii))]
-    shown = [coloured(differences[:, r], Scale("", top)) for r, top in enumerate(tops)]
-    rows = np.concatenate([as_colours(attacked), np.stack(shown, axis=1)], axis=1)
-    first = np.broadcast_to(as_colours(image), (len(levels), 1, *rows.shape[2:]))
-    blank: Any = [""] * len(radii)
+    tops = np.percentile(differences, _SHARE, axis=(2, 3))
+    shown = coloured(differences / np.where(tops > 0, tops, 1.0)[..., None, None], Scale("", 1.0))
+    first = as_colours(np.broadcast_to(image, (len(levels), 1, *image.shape)))
+    factors = [[f"×{1 / top:,.0f}" if top > 0 else "" for top in row] for row in tops]
+    texts = captions or [[""] * len(radii)] * len(levels)
+    none: list[bool | None] = [None] * len(radii)
     grid = Grid(
-        np.concatenate([first, rows], axis=1),
+        np.concatenate([first, as_colours(attacked), shown], axis=1),
         levels,
-        [
-            "image",
-            *(f"{radius:g}" for radius in radii),
-            *(
-                f"{radius:g}\n×{1 / top:.0f}" if top else f"{radius:g}"
-                for radius, top in zip(radii, tops, strict=True)
-            ),
-        ],
-        headings=(("", 1), ("attacked, radius", len(radii)), ("difference, magnified", len(radii))),
-        captions=[["", *row, *blank] for row in captions],
-        marks=[[None, *row, *[None] * len(radii)] for row in marks],
+        ["image", *(f"{radius:g}" for radius in (*radii, *radii))],
+        headings=(("", 1), ("attacked, radius", len(radii)), ("difference, radius", len(radii))),
+        captions=[["", *row, *scales] for row, scales in zip(texts, factors, strict=True)],
+        marks=[[None, *row, *none] for row in marks],
     )
     return draw_grid(grid)
 

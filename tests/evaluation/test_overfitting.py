@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onmanifold.analysis import robust_overfitting
+from onmanifold.evaluation import robust_overfitting
 from onmanifold.evaluation.statistics import compare_paired
 from onmanifold.foundation.errors import InputError
 

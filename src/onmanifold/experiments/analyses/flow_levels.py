@@ -47,8 +47,8 @@ class FlowLevels(Analysis):
     """PGD on each level of a flow's latents by itself, and on all at once, at several radii.
 
     The paper shows images; beside them stand the success on a classifier, the size of the change in pixels, and
-    its mean spatial frequency, which says whether the pattern is fine or coarse. The paper's "from coarse to fine in
-    semantic details" is about meaning: in pixels its own level 1 is noise, and higher levels are coarser.
+    its mean spatial frequency, which says whether the pattern is fine or coarse. The paper's "from coarse to fine
+    in semantic details" is about meaning: in pixels its own level 1 is noise, and higher levels are coarser.
 
     Attributes:
         manifold: Specification; None: the experiment's.

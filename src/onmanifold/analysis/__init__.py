@@ -1,5 +1,7 @@
 """What explains models and manifolds: distances, labels kept, how good a manifold is, what goes together."""
 
+"""What explains models and manifolds: distances, labels kept, spectra, and how good a manifold is."""
+
 from onmanifold.analysis.activation_maps import (
     activation_maps,
     agreement,
@@ -25,30 +27,56 @@ from onmanifold.analysis.generalisation import (
     success_rate,
 )
 from onmanifold.analysis.nearest import nearest_images
+from onmanifold.analysis.playground import (
+    Grid,
+    Perturbed,
+    distribution_shift,
+    grid_logits,
+    margins,
+    measure_perturbation,
+)
 from onmanifold.analysis.quality import Quality, measure_quality
+from onmanifold.analysis.spectra import (
+    ClassSpectra,
+    VarianceComparison,
+    class_directions,
+    class_spectra,
+    compare_variances,
+)
 from onmanifold.analysis.traversal import Traversal, principal_directions, traverse
 from onmanifold.analysis.validity import NearestClass, keeps_label, nearest_class
 
 __all__ = [
+    "ClassSpectra",
     "Correlation",
+    "Grid",
     "LevelAttack",
     "Line",
     "ManifoldDistance",
     "NearestClass",
+    "Perturbed",
     "Quality",
     "Relation",
     "Traversal",
+    "VarianceComparison",
     "activation_maps",
     "agreement",
     "attack_levels",
+    "class_directions",
+    "class_spectra",
+    "compare_variances",
     "correlate",
     "correlations_table",
     "distance_by_neighbours",
     "distance_by_projection",
+    "distribution_shift",
     "frechet_distance",
+    "grid_logits",
     "keeps_label",
     "last_convolution",
+    "margins",
     "mean_frequency",
+    "measure_perturbation",
     "measure_quality",
     "nearest_class",
     "nearest_images",

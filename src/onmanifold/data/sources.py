@@ -75,7 +75,7 @@ def load_dataset(name: str, split: str = "test", **options: Any) -> Dataset:
 
     Args:
         name: "fashion_mnist", "mnist", "emnist", "cifar10", "cifar100", "svhn", "celeba", "imagefolder",
-            "fonts", "cifar10_c" or "cifar100_c".
+            "fonts", "cifar10_c", "cifar100_c", or points of the plane: "two_moons", "blobs".
         split: "train" or "test".
         options: The dataset's own, such as ``size`` and ``seed`` of "fonts", ``folder`` of "imagefolder", or
             ``corruption`` and ``severity`` of "cifar10_c".

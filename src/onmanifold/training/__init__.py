@@ -1,6 +1,7 @@
 """Training: methods say which examples and which loss, one loop runs them all."""
 
 from onmanifold.training.config import TrainingConfig
+from onmanifold.training.examples import training_examples
 from onmanifold.training.fits import ClosedForm, Fit, FitStep
 from onmanifold.training.methods import (
     ATLD,
@@ -62,4 +63,5 @@ __all__ = [
     "fit",
     "snapshots_of",
     "train",
+    "training_examples",
 ]

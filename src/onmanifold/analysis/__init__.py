@@ -1,6 +1,4 @@
-"""What explains models and manifolds: distances, labels kept, how good a manifold is, what goes together."""
-
-"""What explains models and manifolds: distances, labels kept, spectra, and how good a manifold is."""
+"""What explains models and manifolds: distances, tangents, labels kept, spectra, sweeps, maps, quality."""
 
 from onmanifold.analysis.activation_maps import (
     activation_maps,

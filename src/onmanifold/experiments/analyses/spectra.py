@@ -223,7 +223,7 @@ class Spectra(Analysis):
             parts = [100 * float(added[part][-1, 0]) for part in ("leading", "rest")]
             numbers = (
                 f"added along the first {self.leading} clean directions {parts[0]:+.2f} %, along the rest "
-                f"{parts[1]:+.2f} % of the clean variance; difference "
+                f"{parts[1]:+.2f} % of all variance before; difference "
                 f"{_shown([100 * number for number in (value, *sorted(ends))])}"
             )
             return Statement(text, numbers, verdict(*sorted(ends)), _SOURCE)

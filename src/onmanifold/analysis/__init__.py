@@ -41,6 +41,7 @@ from onmanifold.analysis.spectra import (
     class_spectra,
     compare_variances,
 )
+from onmanifold.analysis.tangent import TangentParts, tangent_parts, tangent_share
 from onmanifold.analysis.traversal import Traversal, principal_directions, traverse
 from onmanifold.analysis.validity import NearestClass, keeps_label, nearest_class
 
@@ -55,6 +56,7 @@ __all__ = [
     "Perturbed",
     "Quality",
     "Relation",
+    "TangentParts",
     "Traversal",
     "VarianceComparison",
     "activation_maps",
@@ -84,5 +86,7 @@ __all__ = [
     "share_inside",
     "slopes_table",
     "success_rate",
+    "tangent_parts",
+    "tangent_share",
     "traverse",
 ]

@@ -42,8 +42,34 @@ def warp(images: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat([_warp(image, entries) for image, entries in parts])
 
 
+@torch.enable_grad()
+def push_warp(images: Tensor, matrix: Tensor, moved: Tensor) -> Tensor:
+    """How the warped images (B, C, H, W) move where the matrices (B, 2, 3) move along ``moved`` (B, 2, 3).
+
+    The adjoint of the gradient of `warp` to the matrices; at the seams of the bilinear pieces both take the same
+    side. PyTorch has no forward derivative of `grid_sample`, but a pixel depends on its own point alone, so that
+    one gradient for each channel gives the slopes of all pixels.
+    """
+    grid = _grid(matrix, *images.shape[-2:]).to(images.dtype).detach().requires_grad_()
+    steps = _grid(moved, *images.shape[-2:]).to(images.dtype)
+    found = []
+    for channel in images.split(1, dim=1):
+        warped = _sample(channel, grid)
+        (slopes,) = torch.autograd.grad(warped.sum(), grid)
+        found.append((slopes * steps).sum(-1))
+    return torch.stack(found, dim=1)
+
+
 def _warp(images: Tensor, matrix: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
+    return _sample(images, _grid(matrix, *images.shape[-2:]).to(images.dtype))
+
+
+def _sample(images: Tensor, grid: Tensor) -> Tensor:
+    return functional.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
+
+
+def _grid(matrix: Tensor, height: int, width: int) -> Tensor:
+    """The points (B, H, W, 2) ``matrix @ (p, 1)`` of all pixels p."""
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     x = torch.linspace(-1, 1, width, dtype=matrix.dtype, device=matrix.device).view(1, -1, 1)
     y = torch.linspace(-1, 1, height, dtype=matrix.dtype, device=matrix.device).view(1, -1, 1)
@@ -52,5 +78,4 @@ def _warp(images: Tensor, matrix: Tensor) -> Tensor:
     # complex numbers, since sums along an axis of two are slow.
     columns = torch.view_as_complex(x * along_x).unsqueeze(1)
     rows = torch.view_as_complex(y * along_y + shift).unsqueeze(2)
-    grid = torch.view_as_real(rows + columns).to(images.dtype)
-    return functional.grid_sample(images, grid, padding_mode="zeros", align_corners=True)
+    return torch.view_as_real(rows + columns)

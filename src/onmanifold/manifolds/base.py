@@ -34,6 +34,14 @@ class Chart:
         """Images (B, C, H, W) in [0, 1] at ``latents`` (B, latent_size); differentiable."""
         return self.manifold.decode(torch.cat([latents, self.fixed.to(latents.dtype)], dim=1))
 
+    def push(self, latents: Tensor, directions: Tensor) -> Tensor:
+        """How the images move (B, C, H, W) where ``latents`` move along ``directions``, (B, latent_size) each.
+
+        A Jacobian-vector product: the adjoint of the gradient of `decode`, at about the cost of one decoding.
+        """
+        moved: Tensor = torch.func.jvp(self.decode, (latents,), (directions,))[1]
+        return moved.detach()
+
     def keep(self, mask: Tensor) -> Chart:
         """The chart of the samples selected by ``mask`` ((B,) bool or positions)."""
         return Chart(self.manifold, torch.cat([self.latents, self.fixed], dim=1)[mask])

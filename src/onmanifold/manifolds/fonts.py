@@ -20,7 +20,7 @@ from onmanifold.data.fonts import LETTERS, load_fonts
 from onmanifold.foundation.errors import DataError, InputError
 from onmanifold.foundation.randomness import integers, permutation, uniform
 from onmanifold.foundation.registry import DATASETS, MANIFOLDS
-from onmanifold.manifolds.affine import affine_matrix, warp
+from onmanifold.manifolds.affine import affine_matrix, push_warp, warp
 from onmanifold.manifolds.base import Chart, Manifold
 from onmanifold.manifolds.identify import identify
 
@@ -64,6 +64,13 @@ class FontsChart(Chart):
         # outside autograd: its true gradient is the identity, and it costs half of a step otherwise.
         images.detach().clamp_(0, 1)
         return images
+
+    def push(self, latents: Tensor, directions: Tensor) -> Tensor:
+        def matrix(moving: Tensor) -> Tensor:
+            return affine_matrix(self.manifold.parameters_of(moving))
+
+        at, moved = torch.func.jvp(matrix, (latents,), (directions,))
+        return push_warp(self.letters.to(latents.dtype), at.detach(), moved.detach())
 
     def keep(self, mask: Tensor) -> Chart:
         return FontsChart(self.manifold, self.latents[mask], self.fixed[mask], self.letters[mask])

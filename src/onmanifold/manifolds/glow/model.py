@@ -51,9 +51,24 @@ class GlowChart(Chart):
                 canvases = self.frozen.decode_taped(latents, None)
                 return self.manifold.crop(canvases).clamp(0, 1)
 
+    def push(self, latents: Tensor, directions: Tensor) -> Tensor:
+        """See `Chart.push`; pixels that are cut off do not move, by the rule of the gradient."""
+
+        def decode(moving: Tensor) -> Tensor:
+            return self.manifold.crop(self.frozen.decode(moving))
+
+        with torch.autocast(latents.device.type, enabled=False):
+            images, moved = torch.func.jvp(decode, (latents,), (directions,))
+        return (moved * _uncut(images)).detach()
+
     def keep(self, mask: Tensor) -> Chart:
         """The chart of the selected samples."""
         return GlowChart(self.manifold, self.latents[mask], self.frozen)
+
+
+def _uncut(images: Tensor) -> Tensor:
+    """Which pixels are in [0, 1], or outside by rounding alone."""
+    return (images >= -_ROUNDING) & (images <= 1 + _ROUNDING)
 
 
 class _Decode(torch.autograd.Function):
@@ -75,8 +90,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         latents, canvases, *taped = ctx.saved_tensors
         images = ctx.manifold.crop(canvases)
-        inside = (images >= -_ROUNDING) & (images <= 1 + _ROUNDING)
-        gradient = ctx.manifold.pad(gradient * inside)
+        gradient = ctx.manifold.pad(gradient * _uncut(images))
         if ctx.lengths is None:
             return ctx.frozen.gradient_retraced(gradient, latents, canvases), None, None
         places = iter(taped)

@@ -1,5 +1,6 @@
 """Tangent and normal parts, against explicit Jacobians and known geometry."""
 
+import itertools
 import math
 
 import pytest
@@ -223,7 +224,7 @@ def test_a_search_cut_short_never_says_too_much():
         )
         for limit in (1, 2, 4, 8, 16, 300)
     ]
-    for less, more in zip(shares, shares[1:], strict=False):
+    for less, more in itertools.pairwise(shares):
         assert bool((more.share >= less.share - 1e-9).all())
     assert bool((shares[0].residual > 1e-3).all())
     whole = tangent_share(manifold, codes, vectors, levels=[1], written_down=True)

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from onmanifold.analysis.validity import keeps_label, nearest_class
+from onmanifold.analysis.validity import (
+    check_label,
+    keeps_label,
+    nearest_class,
+    nearest_of_class,
+)
 from onmanifold.foundation.errors import InputError
 from onmanifold.manifolds import FontsManifold, LearnedManifold
+from onmanifold.manifolds.project import ProjectionConfig
 
 
 class Lines(LearnedManifold):
@@ -59,3 +65,31 @@ def test_letters_are_nearest_to_their_own_class():
 def test_a_manifold_without_classes_is_refused(plane):
     with pytest.raises(InputError, match="plane hold no class"):
         nearest_class(plane, torch.rand(2, 1, 8, 8))
+
+
+def test_known_codes_put_an_image_on_its_own_manifold():
+    """At pixel values where class 1 is as near as the search of class 0 comes, what is known decides."""
+    manifold = Lines()
+    images = torch.tensor([[0.9, 0.2, 0.2], [0.25, 0.2, 0.8]]).double().view(2, 1, 1, 3)
+    labels = torch.tensor([0, 0])
+    config = ProjectionConfig(steps=0, restarts=0)
+    blind = check_label(manifold, images, labels, config=config)
+    # Without a descent the start at 0.5 is what is found: sqrt(0.4²), and the 0.7 of any other class are further.
+    torch.testing.assert_close(blind.own, torch.tensor([0.4, (0.25**2 + 0.6**2) ** 0.5]).double())
+    assert blind.kept.tolist() == blind.kept_by_search.tolist() == [True, False]
+    assert blind.other_class[1] == 2
+    codes = torch.tensor([[0.9, 0.0], [0.25, 0.0]]).double()
+    known = check_label(manifold, images, labels, codes, config=config)
+    torch.testing.assert_close(known.own, torch.tensor([0.0, 0.6]).double(), rtol=0, atol=1e-6)
+    assert known.kept_by_search.tolist() == blind.kept_by_search.tolist()
+    torch.testing.assert_close(known.other, blind.other)
+    with pytest.raises(InputError, match="codes: expected those of the labels' classes"):
+        check_label(manifold, images, labels, codes + 1)
+
+
+def test_the_nearest_of_a_class_is_what_the_class_has():
+    images = torch.tensor([[0.9, 0.2, 0.3]]).double().view(1, 1, 1, 3)
+    found = nearest_of_class(Lines(), images, torch.tensor([0]))
+    expected = torch.tensor([0.9, 0.2, 0.2]).double()
+    torch.testing.assert_close(found.points.flatten(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.distance, torch.tensor([0.1]).double(), rtol=0, atol=1e-3)

@@ -34,6 +34,7 @@ from onmanifold.analysis.playground import (
     measure_perturbation,
 )
 from onmanifold.analysis.quality import Quality, measure_quality
+from onmanifold.analysis.separation import Separation, separation
 from onmanifold.analysis.spectra import (
     ClassSpectra,
     VarianceComparison,
@@ -43,12 +44,20 @@ from onmanifold.analysis.spectra import (
 )
 from onmanifold.analysis.tangent import TangentParts, tangent_parts, tangent_share
 from onmanifold.analysis.traversal import Traversal, principal_directions, traverse
-from onmanifold.analysis.validity import NearestClass, keeps_label, nearest_class
+from onmanifold.analysis.validity import (
+    LabelCheck,
+    NearestClass,
+    check_label,
+    keeps_label,
+    nearest_class,
+    nearest_of_class,
+)
 
 __all__ = [
     "ClassSpectra",
     "Correlation",
     "Grid",
+    "LabelCheck",
     "LevelAttack",
     "Line",
     "ManifoldDistance",
@@ -56,12 +65,14 @@ __all__ = [
     "Perturbed",
     "Quality",
     "Relation",
+    "Separation",
     "TangentParts",
     "Traversal",
     "VarianceComparison",
     "activation_maps",
     "agreement",
     "attack_levels",
+    "check_label",
     "class_directions",
     "class_spectra",
     "compare_variances",
@@ -80,9 +91,11 @@ __all__ = [
     "measure_quality",
     "nearest_class",
     "nearest_images",
+    "nearest_of_class",
     "principal_directions",
     "regress",
     "relate",
+    "separation",
     "share_inside",
     "slopes_table",
     "success_rate",

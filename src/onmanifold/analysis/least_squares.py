@@ -34,8 +34,8 @@ def least_squares(
 ) -> Solution:
     """Minimise ``|A x - b|`` for each sample's A and b; of all minimisers the shortest.
 
-    After k iterations the solution is the best of a space of k dimensions, and ``A x`` the orthogonal projection of
-    b onto its image, up to rounding. The method needs A in no other form than by products with a vector.
+    After k iterations the solution is the best of a space of k dimensions, and ``A x`` the orthogonal projection
+    of b onto its image, up to rounding. The method needs A in no other form than by products with a vector.
 
     Args:
         forward: (B, n) to (B, m): each row times its sample's A.
@@ -70,7 +70,9 @@ def least_squares(
         squares = squares + beta.square() + alpha.square()
         # |A^T r| is rest · alpha · |cosine|; the squares' root stands for |A|, which it is no less than.
         found = torch.where(
-            rest > rounding * size, _over(alpha * cosine.abs(), squares.sqrt()), torch.zeros_like(rest)
+            rest > rounding * size,
+            _over(alpha * cosine.abs(), squares.sqrt()),
+            torch.zeros_like(rest),
         )
         residual = torch.where(done, residual, found)
         counts = counts + ~done

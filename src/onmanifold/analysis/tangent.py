@@ -62,7 +62,8 @@ def tangent_parts(
     product each, and an orthonormal basis comes from their singular value decomposition; vectors of linearly
     dependent latents count once. Of many, such as a flow's, the least squares problem ``min |J v - d|`` is solved
     by LSQR from Jacobian-vector products alone, and no matrix is ever held. A search that is cut short by
-    ``iterations`` gives the part in a smaller space: its share is too small, never too large; ``residual`` says so.
+    ``iterations`` gives the part in a smaller space: its share is too small, never too large; ``residual`` says
+    so.
 
     An exact manifold with at least as many latents as pixels, such as a flow, has all directions as tangents: with
     all levels its shares are 1, and nothing is computed.
@@ -154,9 +155,7 @@ def _columns(manifold: Manifold, levels: Sequence[int] | None) -> Tensor:
         return positions
     unknown = set(levels) - set(manifold.levels)
     if unknown or not levels:
-        raise InputError(
-            f"levels: found {list(levels)}, expected some of {list(manifold.levels)}."
-        )
+        raise InputError(f"levels: found {list(levels)}, expected some of {list(manifold.levels)}.")
     return torch.cat([positions[manifold.levels[level]] for level in sorted(set(levels))])
 
 
@@ -201,7 +200,10 @@ def _by_search(
 def _products(
     chart: Chart, columns: Tensor, vectors: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """J and its transpose as functions, of moves (B, columns) and of images (B, pixels); one decoding for all pulls."""
+    """J and its transpose, as functions of moves (B, columns) and of images (B, pixels).
+
+    All calls of the second share one decoding.
+    """
     with torch.enable_grad():
         leaf = chart.latents.detach().clone().requires_grad_()
         images = chart.decode(leaf)

@@ -3,6 +3,7 @@
 from onmanifold.experiments.analyses import activation_maps as activation_maps
 from onmanifold.experiments.analyses import curves as curves
 from onmanifold.experiments.analyses import flow_levels as flow_levels
+from onmanifold.experiments.analyses import leaving as leaving
 from onmanifold.experiments.analyses import playground as playground
 from onmanifold.experiments.analyses import snapshots as snapshots
 from onmanifold.experiments.analyses import spectra as spectra

@@ -1,0 +1,198 @@
+"""Do adversarial examples leave the manifold? (Disentangling, sections 3.2 and C, figures 3, 10 and 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+import pandas as pd
+import torch
+
+from onmanifold.analysis.leaving import Leaving, measure_leaving
+from onmanifold.analysis.validity import check_label
+from onmanifold.classifiers import load_classifier
+from onmanifold.experiments.analyses.base import (
+    ANALYSES,
+    Analysis,
+    Drawing,
+    Findings,
+    Workplace,
+)
+from onmanifold.experiments.analyses.leaving_results import (
+    MEASURES,
+    distance_table,
+    judge,
+    separation_table,
+    success_table,
+    tangent_table,
+)
+from onmanifold.foundation.errors import ConfigError
+from onmanifold.foundation.registry import nearest
+from onmanifold.manifolds.base import Manifold
+from onmanifold.manifolds.project import ProjectionConfig
+from onmanifold.reports.drawings.leaving import draw_angles, draw_distances
+
+T = TypeVar("T")
+
+
+@ANALYSES.register("leaving_the_manifold")
+@dataclass(frozen=True)
+class LeavingTheManifold(Analysis):
+    """Distances of adversarial examples to the manifold, and angles of perturbations to its tangent spaces.
+
+    The experiment's attacks are tried on its classifiers, those on latent balls as on-manifold attacks, all others
+    as regular ones. Only successful examples count, on images that are classified correctly.
+
+    Attributes:
+        methods: Which of the experiment's classifiers; None: all.
+        attacks: Which of its attacks; None: all.
+        images: Number of test images.
+        judged: Number of successful on-manifold examples of each attack whose label is checked by projection onto
+            every class; 0: none. On FONTS some seconds for each.
+        neighbours: Training images that span the approximated manifold.
+        projection: How the nearest point of the manifold is searched.
+        seed: Of the experiment's classifiers, one of its seeds; None: the first.
+    """
+
+    needs_experiment: ClassVar[bool] = True
+
+    methods: tuple[str, ...] | None = None
+    attacks: tuple[str, ...] | None = None
+    images: int = 200
+    judged: int = 100
+    neighbours: int = 50
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 1), ("judged", 0), ("neighbours", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{name}: expected at least {least}, found {getattr(self, name)}."
+                )
+
+    def run(self, place: Workplace) -> Findings:
+        setup = place.experiment.setup
+        manifold = manifold_of(place)
+        attacks = chosen(setup.attacks, self.attacks, "attacks")
+        device = place.experiment.fabric.device
+        batch = setup.test.batch(torch.arange(min(self.images, len(setup.test))), device)
+        train_images = setup.train.batch(torch.arange(len(setup.train)), device).images
+        seed = setup.experiment.seeds[0] if self.seed is None else self.seed
+        measured: dict[str, Leaving] = {}
+        kept: dict[str, dict[str, tuple[int, int]]] = {}
+        for job in place.trained(self.methods, [seed]):
+            place.say(f"{job.method}: attacks, distances and tangents")
+            leaving = measure_leaving(
+                load_classifier(job.classifier).to(device),
+                manifold.to(device),
+                batch,
+                attacks,
+                train_images,
+                neighbours=self.neighbours,
+                projection=self.projection,
+            )
+            measured[job.method] = leaving
+            if self.judged and knows_classes(manifold):
+                place.say(f"{job.method}: labels")
+                kept[job.method] = self._labels(manifold, leaving)
+        return Findings(
+            tables={
+                "success": success_table(measured, kept),
+                "distances": distance_table(measured),
+                "separation": separation_table(measured),
+                "tangents": tangent_table(measured),
+                "images": joined({name: each.images for name, each in measured.items()}),
+                "directions": joined({name: each.directions for name, each in measured.items()}),
+            },
+            drawings=_drawings(measured, setup.test.name),
+            statements=[
+                item
+                for name, each in measured.items()
+                for item in judge(name, each, kept.get(name, {}))
+            ],
+            shown=24,
+        )
+
+    def _labels(self, manifold: Manifold, leaving: Leaving) -> dict[str, tuple[int, int]]:
+        """How many of the examples of each on-manifold attack keep their label, and of how many."""
+        counts = {}
+        for name in leaving.on_manifold:
+            found = leaving.found[name]
+            rows = slice(0, self.judged)
+            which = found.rows[rows]
+            codes = None if found.codes is None else found.codes[rows]
+            batch = leaving.batch
+            result = check_label(
+                manifold,
+                found.images[rows],
+                batch.labels[which],
+                codes,
+                indices=batch.indices[which],
+            )
+            counts[name] = int(result.kept.sum()), len(which)
+        return counts
+
+
+def manifold_of(place: Workplace) -> Manifold:
+    """The experiment's manifold.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    manifold = place.experiment.setup.manifold
+    if manifold is None:
+        raise ConfigError("experiment.manifold: expected a manifold, found none.")
+    return manifold
+
+
+def chosen(components: Mapping[str, T], names: Sequence[str] | None, place: str) -> dict[str, T]:
+    """The components of these names; None: all.
+
+    Raises:
+        ConfigError: Unknown name; the message shows the nearest.
+    """
+    for name in names or ():
+        if name not in components:
+            raise ConfigError(f"{place}: unknown name {name!r}.{nearest(name, components)}")
+    return {name: components[name] for name in (components if names is None else names)}
+
+
+def knows_classes(manifold: Manifold) -> bool:
+    """Whether codes of a manifold hold the class, so that there is a manifold of each."""
+    return bool(getattr(manifold, "conditional", False)) or manifold.name == "fonts"
+
+
+def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One table, with the classifier in front."""
+    parts = []
+    for name, table in tables.items():
+        part = table.copy()
+        part.insert(0, "classifier", name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _drawings(measured: Mapping[str, Leaving], dataset: str) -> dict[str, Drawing]:
+    images = {name: each.images for name, each in measured.items()}
+    count = max(each.images_seen for each in measured.values())
+    scale = f"{count} test images of {dataset}; only successful examples count."
+    drawn = {
+        measure: Drawing(
+            draw_distances(images, measure, f"distance to {words} (L2, pixels in [0, 1])"),
+            f"Distance to {words}",
+            f"How far clean images, adversarial examples and random perturbations of the same size lie from "
+            f"{words}, for each classifier. {scale}",
+        )
+        for measure, words in MEASURES.items()
+    }
+    directions = {name: each.directions for name, each in measured.items()}
+    rank = next(iter(measured.values()))
+    drawn["angles"] = Drawing(
+        draw_angles(images, directions, rank.rank / rank.pixels),
+        "Angle to the tangent space",
+        "Between the tangent space of the manifold at the clean image and perturbations, loss gradients and "
+        f"random directions; the line is where a random direction lies on average. {scale}",
+    )
+    return drawn

@@ -1,0 +1,240 @@
+"""From what was measured of leaving the manifold to tables and statements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from onmanifold.analysis.leaving import CLEAN, LOSS_GRADIENT, RANDOM, RANDOM_DIRECTION, Leaving
+from onmanifold.analysis.separation import Separation, separation
+from onmanifold.evaluation.statistics import Estimate, mean_interval, verdict, wilson_interval
+from onmanifold.experiments.analyses.base import Statement
+
+Floats = npt.NDArray[np.float64]
+Kept = Mapping[str, tuple[int, int]]
+"""For each on-manifold attack how many examples keep their label, and how many were looked at."""
+
+MEASURES = {"to_manifold": "the manifold", "to_neighbours": "the span of neighbours"}
+"""Distances, by column, and what they are to."""
+
+_SOURCE = "Disentangling, section 3.2"
+# What "leaves" is to mean: of so many pairs with a clean image the example is the further one.
+_APART = 0.9
+# What "orthogonally" is to mean of distance over norm, and "to first order tangent" of the share at a hundredth.
+_ORTHOGONAL, _TANGENT = 0.9, 0.95
+
+
+def success_table(measured: Mapping[str, Leaving], kept: Mapping[str, Kept]) -> pd.DataFrame:
+    """Success rates with Wilson's intervals, and beside those on the manifold how many keep their label."""
+    rows = []
+    for method, leaving in measured.items():
+        attempts = len(leaving.batch.labels)
+        for name, found in leaving.found.items():
+            count = len(found.rows)
+            row = {"classifier": method, "attack": name, "right when clean": attempts}
+            row |= {"successful": count} | _share("success rate", count, attempts)
+            if name in kept.get(method, {}):
+                good, judged = kept[method][name]
+                row |= {"judged": judged, **_share("keep their label", good, judged)}
+                row["valid success rate"] = count / attempts * good / judged if judged else math.nan
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def distance_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
+    """Medians of distances, with the intervals that order statistics give."""
+    rows = []
+    for method, leaving in measured.items():
+        for kind, part in leaving.images.groupby("kind", sort=False):
+            row: dict[str, object] = {"classifier": method, "kind": kind, "examples": len(part)}
+            row["perturbation"] = float(part.perturbation.median())
+            for measure in MEASURES:
+                low, high = _median_interval(part[measure].to_numpy())
+                row |= {measure: float(part[measure].median()), "low": low, "high": high}
+                row[f"{measure} low"], row[f"{measure} high"] = row.pop("low"), row.pop("high")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def separation_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
+    """Areas under the curve of each distance: each kind against clean images, and regular against on-manifold."""
+    rows = []
+    for method, leaving in measured.items():
+        kinds = [kind for kind in leaving.images.kind.unique() if kind != CLEAN]
+        regular = [kind for kind in kinds if kind not in leaving.on_manifold]
+        pairs = [(kind, CLEAN) for kind in kinds]
+        pairs += [(kind, other) for other in leaving.on_manifold for kind in regular]
+        for measure in MEASURES:
+            for kind, other in pairs:
+                found = _separation(leaving, measure, kind, other)
+                row = {"classifier": method, "distance": measure, "kind": kind, "against": other}
+                rows.append(row | found._asdict())
+    return pd.DataFrame(rows)
+
+
+def tangent_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
+    """Mean tangent shares with Student's intervals, and median angles in degrees."""
+    rows = []
+    for method, leaving in measured.items():
+        parts = pd.concat([leaving.images[leaving.images.kind != CLEAN], leaving.directions])
+        for kind, part in parts.groupby("kind", sort=False):
+            mean = mean_interval(part.share.to_numpy())
+            row = {"classifier": method, "kind": kind, "vectors": len(part)}
+            row |= {"share": mean.mean, "low": mean.low, "high": mean.high}
+            row["angle"] = float(part.angle.median())
+            for column in ("share_tenth", "share_hundredth"):
+                row[column] = float(part[column].mean()) if column in part else math.nan
+            rows.append(row | {"rank / pixels": leaving.rank / leaving.pixels})
+    return pd.DataFrame(rows)
+
+
+def judge(method: str, leaving: Leaving, kept: Kept) -> Iterator[Statement]:
+    """What the paper says, each with the numbers of one classifier."""
+    kinds = list(leaving.images.kind.unique())
+    regular = [kind for kind in leaving.found if kind in kinds and kind not in leaving.on_manifold]
+    for name in regular:
+        for measure in MEASURES:
+            yield _leaves(method, leaving, name, measure)
+        yield _orthogonal(method, leaving, name)
+        yield _less_than_random(
+            f"{method}: perturbations by {name} lie less along the manifold than a random direction",
+            leaving,
+            leaving.images[leaving.images.kind == name],
+            _SOURCE,
+        )
+    gradients = leaving.directions[leaving.directions.kind == LOSS_GRADIENT]
+    text = f"{method}: the loss gradient lies less along the manifold than a random direction"
+    yield _less_than_random(text, leaving, gradients, "Disentangling, section C.1")
+    for name in leaving.on_manifold:
+        if name in kinds:
+            yield _tangent(method, leaving, name)
+            yield from (_further(method, leaving, other, name) for other in regular)
+        if name in kept:
+            yield _valid(method, name, *kept[name])
+
+
+def _leaves(method: str, leaving: Leaving, name: str, measure: str) -> Statement:
+    found = _separation(leaving, measure, name, CLEAN)
+    random = _separation(leaving, measure, RANDOM, CLEAN)
+    numbers = (
+        f"{found.cases} examples, median distance {_median(leaving, name, measure):.2f}, clean images "
+        f"{_median(leaving, CLEAN, measure):.2f}; further away in {_area(found)} of the pairs, where a "
+        f"random perturbation is in {100 * random.area:.1f} %. Holds above {100 * _APART:.0f} %."
+    )
+    text = f"{method}: regular adversarial examples by {name} leave {MEASURES[measure]}"
+    return Statement(text, numbers, verdict(found.low - _APART, found.high - _APART), _SOURCE)
+
+
+def _orthogonal(method: str, leaving: Leaving, name: str) -> Statement:
+    part = leaving.images[leaving.images.kind == name]
+    ratios = (part.to_manifold / part.perturbation).to_numpy()
+    low, high = _median_interval(ratios)
+    numbers = (
+        f"Distance over norm of the perturbation: median {np.median(ratios):.3f} [{low:.3f}, {high:.3f}], "
+        f"median angle to the tangent space {part.angle.median():.1f}°. Holds above {_ORTHOGONAL}."
+    )
+    text = (
+        f"{method}: {name} leaves it almost orthogonally, the distance is the perturbation's norm"
+    )
+    return Statement(text, numbers, verdict(low - _ORTHOGONAL, high - _ORTHOGONAL), _SOURCE)
+
+
+def _less_than_random(text: str, leaving: Leaving, part: pd.DataFrame, source: str) -> Statement:
+    random = leaving.directions[leaving.directions.kind == RANDOM_DIRECTION]
+    both = part.merge(random, on="sample", suffixes=("", "_random")).dropna(
+        subset=["share", "share_random"]
+    )
+    own, other = _mean(both.share), _mean(both.share_random)
+    less = mean_interval((both.share_random - both.share).to_numpy())
+    numbers = (
+        f"Mean tangent share {_percent(own)}, of a random direction {_percent(other)} "
+        f"(rank over pixels {100 * leaving.rank / leaving.pixels:.2f} %), on {len(both)} images; "
+        f"difference {100 * less.mean:.2f} [{100 * less.low:.2f}, {100 * less.high:.2f}] points."
+    )
+    return Statement(text, numbers, verdict(less.low, less.high), source)
+
+
+def _tangent(method: str, leaving: Leaving, name: str) -> Statement:
+    part = leaving.images[leaving.images.kind == name]
+    whole, tenth, hundredth = (
+        _mean(part[column]) for column in ("share", "share_tenth", "share_hundredth")
+    )
+    numbers = (
+        f"Mean tangent share {_percent(whole)} of the whole move, {_percent(tenth)} of a tenth of it and "
+        f"{_percent(hundredth)} of a hundredth, on {whole.runs} examples. Holds above "
+        f"{100 * _TANGENT:.0f} % at a hundredth."
+    )
+    text = f"{method}: to first order {name} moves along the manifold"
+    return Statement(
+        text,
+        numbers,
+        verdict(hundredth.low - _TANGENT, hundredth.high - _TANGENT),
+        "Disentangling, section 3.3",
+    )
+
+
+def _further(method: str, leaving: Leaving, regular: str, name: str) -> Statement:
+    found = _separation(leaving, "to_manifold", regular, name)
+    numbers = (
+        f"Median distance {_median(leaving, regular, 'to_manifold'):.2f} against "
+        f"{_median(leaving, name, 'to_manifold'):.2f}; further away in {_area(found)} of the pairs. Holds "
+        f"above {100 * _APART:.0f} %."
+    )
+    text = f"{method}: {regular} examples are clearly told from {name} examples by their distance"
+    return Statement(text, numbers, verdict(found.low - _APART, found.high - _APART), _SOURCE)
+
+
+def _valid(method: str, name: str, good: int, judged: int) -> Statement:
+    low, high = wilson_interval(good, judged)
+    share = good / judged if judged else math.nan
+    numbers = (
+        f"{good} of {judged} are nearest to the manifold of their own class: {100 * share:.1f} % "
+        f"[{100 * low:.1f}, {100 * high:.1f}]. Holds above {100 * _APART:.0f} %."
+    )
+    text = f"{method}: on-manifold adversarial examples by {name} keep their label"
+    outcome = verdict(low - _APART, high - _APART) if judged else "not measured"
+    return Statement(text, numbers, outcome, "Disentangling, definition 1")
+
+
+def _separation(leaving: Leaving, measure: str, kind: str, other: str) -> Separation:
+    first, second = (leaving.images[leaving.images.kind == name] for name in (kind, other))
+    return separation(first[measure], second[measure], first["sample"], second["sample"])
+
+
+def _share(name: str, successes: int, count: int) -> dict[str, float]:
+    low, high = wilson_interval(successes, count)
+    share = successes / count if count else math.nan
+    return {name: share, f"{name} low": low, f"{name} high": high}
+
+
+def _median(leaving: Leaving, kind: str, measure: str) -> float:
+    return float(leaving.images.loc[leaving.images.kind == kind, measure].median())
+
+
+def _median_interval(values: Floats) -> tuple[float, float]:
+    """What order statistics say of the median, at 95 %; unbounded where they are too few."""
+    from scipy.stats import quantile_test
+
+    if not len(values):
+        return -math.inf, math.inf
+    low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
+    return (
+        -math.inf if math.isnan(low) else float(low),
+        math.inf if math.isnan(high) else float(high),
+    )
+
+
+def _mean(values: Sequence[float] | pd.Series) -> Estimate:
+    return mean_interval(np.asarray(values, dtype=np.float64))
+
+
+def _percent(mean: Estimate) -> str:
+    return f"{100 * mean.mean:.2f} % [{100 * mean.low:.2f}, {100 * mean.high:.2f}]"
+
+
+def _area(found: Separation) -> str:
+    return f"{100 * found.area:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"

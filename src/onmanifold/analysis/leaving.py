@@ -53,6 +53,7 @@ class Leaving:
         images_seen: Number of images.
         rank: Mean dimension of the tangent spaces; NaN where it was not determined.
         pixels: Number of values of an image.
+        tolerance: Distance to the manifold that the search takes for none.
     """
 
     images: pd.DataFrame
@@ -63,6 +64,7 @@ class Leaving:
     images_seen: int
     rank: float
     pixels: int
+    tolerance: float
 
 
 def measure_leaving(
@@ -129,6 +131,7 @@ def measure_leaving(
         images_seen=len(batch.labels),
         rank=rank,
         pixels=math.prod(manifold.image_shape),
+        tolerance=(projection or ProjectionConfig()).tolerance,
     )
 
 

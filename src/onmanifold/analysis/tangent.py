@@ -173,7 +173,8 @@ def _basis(chart: Chart, columns: Tensor, dtype: torch.dtype) -> Tensor:
     basis = outer @ inner
     # What is no longer than the rounding of the longest tangent is no direction.
     least = torch.finfo(dtype).eps * max(matrix.shape[1:])
-    return basis * (sizes > least * sizes[:, :1]).unsqueeze(1)
+    kept: Tensor = basis * (sizes > least * sizes[:, :1]).unsqueeze(1)
+    return kept
 
 
 def _by_basis(basis: Tensor, vectors: Tensor) -> TangentParts:

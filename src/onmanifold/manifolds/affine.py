@@ -53,7 +53,7 @@ def push_warp(images: Tensor, matrix: Tensor, moved: Tensor) -> Tensor:
     grid = _grid(matrix, *images.shape[-2:]).to(images.dtype).detach().requires_grad_()
     steps = _grid(moved, *images.shape[-2:]).to(images.dtype)
     found = []
-    for channel in images.split(1, dim=1):
+    for channel in torch.split(images, 1, dim=1):
         warped = _sample(channel, grid)
         (slopes,) = torch.autograd.grad(warped.sum(), grid)
         found.append((slopes * steps).sum(-1))

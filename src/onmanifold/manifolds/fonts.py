@@ -69,8 +69,9 @@ class FontsChart(Chart):
         def matrix(moving: Tensor) -> Tensor:
             return affine_matrix(self.manifold.parameters_of(moving))
 
-        at, moved = torch.func.jvp(matrix, (latents,), (directions,))
-        return push_warp(self.letters.to(latents.dtype), at.detach(), moved.detach())
+        pushed = torch.func.jvp(matrix, (latents,), (directions,))
+        letters = self.letters.to(latents.dtype)
+        return push_warp(letters, pushed[0].detach(), pushed[1].detach())
 
     def keep(self, mask: Tensor) -> Chart:
         return FontsChart(self.manifold, self.latents[mask], self.fixed[mask], self.letters[mask])

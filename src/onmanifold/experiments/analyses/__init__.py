@@ -12,3 +12,4 @@ from onmanifold.experiments.analyses import theory as theory
 from onmanifold.experiments.analyses import transferring as transferring
 from onmanifold.experiments.analyses import traversal as traversal
 from onmanifold.experiments.analyses import tsipras as tsipras
+from onmanifold.experiments.analyses import validity as validity

@@ -35,11 +35,12 @@ def success_table(measured: Mapping[str, Leaving], kept: Mapping[str, Kept]) -> 
         attempts = len(leaving.batch.labels)
         for name, found in leaving.found.items():
             count = len(found.rows)
-            row = {"classifier": method, "attack": name, "right when clean": attempts}
-            row |= {"successful": count} | _share("success rate", count, attempts)
+            row: dict[str, object] = {"classifier": method, "attack": name}
+            row |= {"right when clean": attempts, "successful": count}
+            row |= share_columns("success rate", count, attempts)
             if name in kept.get(method, {}):
                 good, judged = kept[method][name]
-                row |= {"judged": judged, **_share("keep their label", good, judged)}
+                row |= {"judged": judged, **share_columns("keep their label", good, judged)}
                 row["valid success rate"] = count / attempts * good / judged if judged else math.nan
             rows.append(row)
     return pd.DataFrame(rows)
@@ -61,7 +62,10 @@ def distance_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
 
 
 def separation_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
-    """Areas under the curve of each distance: each kind against clean images, and regular against on-manifold."""
+    """Areas under the curve of each distance: each kind against clean images, and regular against on-manifold.
+
+    Distances to the manifold within the projection's tolerance count as equal.
+    """
     rows = []
     for method, leaving in measured.items():
         kinds = [kind for kind in leaving.images.kind.unique() if kind != CLEAN]
@@ -114,7 +118,7 @@ def judge(method: str, leaving: Leaving, kept: Kept) -> Iterator[Statement]:
             yield _tangent(method, leaving, name)
             yield from (_further(method, leaving, other, name) for other in regular)
         if name in kept:
-            yield _valid(method, name, *kept[name])
+            yield label_statement(method, name, *kept[name])
 
 
 def _leaves(method: str, leaving: Leaving, name: str, measure: str) -> Statement:
@@ -188,7 +192,8 @@ def _further(method: str, leaving: Leaving, regular: str, name: str) -> Statemen
     return Statement(text, numbers, verdict(found.low - _APART, found.high - _APART), _SOURCE)
 
 
-def _valid(method: str, name: str, good: int, judged: int) -> Statement:
+def label_statement(method: str, name: str, good: int, judged: int) -> Statement:
+    """Whether on-manifold adversarial examples are valid, as `good` of `judged` are."""
     low, high = wilson_interval(good, judged)
     share = good / judged if judged else math.nan
     numbers = (
@@ -202,10 +207,14 @@ def _valid(method: str, name: str, good: int, judged: int) -> Statement:
 
 def _separation(leaving: Leaving, measure: str, kind: str, other: str) -> Separation:
     first, second = (leaving.images[leaving.images.kind == name] for name in (kind, other))
-    return separation(first[measure], second[measure], first["sample"], second["sample"])
+    # Distances that the search takes for none are equal: how far it came says nothing of the images.
+    least = leaving.tolerance if measure == "to_manifold" else 0.0
+    cases, controls = (np.maximum(part[measure].to_numpy(), least) for part in (first, second))
+    return separation(cases, controls, first["sample"], second["sample"])
 
 
-def _share(name: str, successes: int, count: int) -> dict[str, float]:
+def share_columns(name: str, successes: int, count: int) -> dict[str, float]:
+    """A share and its interval, as columns of a table; NaN of none."""
     low, high = wilson_interval(successes, count)
     share = successes / count if count else math.nan
     return {name: share, f"{name} low": low, f"{name} high": high}

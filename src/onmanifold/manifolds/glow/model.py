@@ -58,8 +58,9 @@ class GlowChart(Chart):
             return self.manifold.crop(self.frozen.decode(moving))
 
         with torch.autocast(latents.device.type, enabled=False):
-            images, moved = torch.func.jvp(decode, (latents,), (directions,))
-        return (moved * _uncut(images)).detach()
+            pushed = torch.func.jvp(decode, (latents,), (directions,))
+        moved: Tensor = pushed[1] * _uncut(pushed[0])
+        return moved.detach()
 
     def keep(self, mask: Tensor) -> Chart:
         """The chart of the selected samples."""

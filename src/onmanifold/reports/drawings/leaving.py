@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,13 @@ Floats = npt.NDArray[np.float64]
 _BINS = 40
 # The farthest hundredth of what is drawn may lie outside the picture.
 _WITHIN = 0.995
-_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++++")
+# What every such figure has looks the same in each; attacks take the colours in turn.
+_LOOKS: dict[str, tuple[str, Any]] = {
+    "clean": (INK, "-"),
+    "random perturbation": (COLOURS[6], (0, (1, 1))),
+    "loss gradient": (COLOURS[5], (0, (8, 2))),
+    "random direction": (INK, (0, (1, 2))),
+}
 
 
 def draw_distances(images: Mapping[str, pd.DataFrame], measure: str, label: str) -> Figure:
@@ -76,15 +82,18 @@ def _histograms(
     mark: float | None = None,
 ) -> Figure:
     kinds = list(dict.fromkeys(kind for part in values.values() for kind in part))
+    attacks = [kind for kind in kinds if kind not in _LOOKS]
+    turns = {kind: (COLOURS[number % 5], DASHES[number % 5]) for number, kind in enumerate(attacks)}
+    looks = _LOOKS | turns
     with style():
         from matplotlib.ticker import PercentFormatter
 
         figure, axes = new_figure(1.0 + 3.7 * len(values), 3.3, columns=len(values))
         panes: Sequence[Axes] = list(np.atleast_1d(np.asarray(axes, dtype=object)))
         for pane, (name, part) in zip(panes, values.items(), strict=True):
-            for number, kind in enumerate(kinds):
+            for kind in kinds:
                 if kind in part:
-                    _outline(pane, part[kind], edges, number, kind)
+                    _outline(pane, part[kind], edges, looks[kind], kind)
             if mark is not None:
                 pane.axvline(mark, color=INK, linewidth=0.7)
             pane.set(title=name, xlabel=label, xlim=(edges[0], edges[-1]))
@@ -95,24 +104,16 @@ def _histograms(
         return figure
 
 
-def _outline(pane: Axes, values: Floats, edges: Floats, number: int, kind: str) -> None:
+def _outline(pane: Axes, values: Floats, edges: Floats, look: tuple[str, Any], kind: str) -> None:
     """One histogram as shares of all values; what lies outside of the edges counts in the outermost bins."""
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    colour = COLOURS[number % len(COLOURS)]
+    shares, (colour, dashes) = counts / max(1, len(values)), look
+    pane.stairs(shares, edges, color=colour, alpha=0.12, fill=True, linewidth=0)
     pane.stairs(
-        counts / max(1, len(values)),
-        edges,
-        color=(colour, 0.14),
-        fill=True,
-        hatch=_HATCHES[number % len(_HATCHES)],
-        edgecolor=(colour, 0.35),
-        linewidth=0,
-    )
-    pane.stairs(
-        counts / max(1, len(values)),
+        shares,
         edges,
         color=colour,
         linewidth=1.5,
-        linestyle=DASHES[number % len(DASHES)],
-        label=f"{kind} ({len(values)})",
+        linestyle=dashes,
+        label=kind,
     )

@@ -57,7 +57,7 @@ def test_a_plane_is_left_as_the_gradient_says(plane, scene):
         ),
         "OM-PGD": PGD(LatentBall(plane, radius=0.7), steps=20),
     }
-    config = ProjectionConfig(steps=200, restarts=0, learning_rate=0.05)
+    config = ProjectionConfig(steps=300, restarts=0, learning_rate=0.01, tolerance=0.0)
     found = measure_leaving(
         classifier, plane, batch, attacks, train, neighbours=20, projection=config
     )

@@ -41,7 +41,8 @@ class Leaving:
     Attributes:
         images: A row for each kind and image that counts: kind ("clean", "random perturbation", or an attack's
             name), sample, label; perturbation, the L2 norm of what was added; to_manifold, the L2 distance to the
-            manifold by projection; to_neighbours, that to the affine span of the nearest training images; share
+            manifold by projection; to_neighbours, that to the affine span of the nearest training images;
+            step_to_neighbours, that of the perturbation to the directions of this span (eq. 11); share
             and angle (in degrees) of the perturbation to the tangent space; of on-manifold attacks share_tenth
             and share_hundredth, those of the perturbation made of a tenth and a hundredth of the latents' move.
             NaN where there is no such number.
@@ -159,6 +160,10 @@ def _measured(
         ).distance,
         "to_neighbours": distance_by_neighbours(train_images, found.images, neighbours).distance,
     }
+    if kind != CLEAN:
+        columns["step_to_neighbours"] = distance_by_neighbours(
+            train_images, found.images, neighbours, originals=batch.images[rows]
+        ).distance
     parts = tangent_parts(manifold, codes, found.images - found.origins)
     columns["share"], columns["angle"] = parts.share, parts.angle.rad2deg()
     for name, images in zip(("share_tenth", "share_hundredth"), found.smaller, strict=False):

@@ -21,6 +21,7 @@ from onmanifold.experiments.analyses.base import (
 )
 from onmanifold.experiments.analyses.leaving_results import (
     MEASURES,
+    STEP,
     distance_table,
     judge,
     separation_table,
@@ -187,12 +188,19 @@ def _drawings(measured: Mapping[str, Leaving], dataset: str) -> dict[str, Drawin
         )
         for measure, words in MEASURES.items()
     }
+    drawn[STEP] = Drawing(
+        draw_distances(images, STEP, "distance of the perturbation (L2, pixels in [0, 1])"),
+        "Distance of the perturbation to the span of neighbours",
+        "What of a perturbation no move along the nearest training images explains (eq. 11). Perturbations along "
+        f"the manifold are larger, and their own part grows with them. {scale}",
+    )
     directions = {name: each.directions for name, each in measured.items()}
     rank = next(iter(measured.values()))
     drawn["angles"] = Drawing(
         draw_angles(images, directions, rank.rank / rank.pixels),
         "Angle to the tangent space",
         "Between the tangent space of the manifold at the clean image and perturbations, loss gradients and "
-        f"random directions; the line is where a random direction lies on average. {scale}",
+        "random directions; of on-manifold attacks also the perturbation that a hundredth of their move makes. "
+        f"The line is where a random direction lies on average. {scale}",
     )
     return drawn

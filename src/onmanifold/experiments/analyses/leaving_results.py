@@ -19,7 +19,10 @@ Kept = Mapping[str, tuple[int, int]]
 """For each on-manifold attack how many examples keep their label, and how many were looked at."""
 
 MEASURES = {"to_manifold": "the manifold", "to_neighbours": "the span of neighbours"}
-"""Distances, by column, and what they are to."""
+"""Distances of images, by column, and what they are to."""
+
+STEP = "step_to_neighbours"
+"""The distance of perturbations to the directions of the span of neighbours (eq. 11)."""
 
 _SOURCE = "Disentangling, section 3.2"
 # What "leaves" is to mean: of so many pairs with a clean image the example is the further one.
@@ -53,7 +56,7 @@ def distance_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
         for kind, part in leaving.images.groupby("kind", sort=False):
             row: dict[str, object] = {"classifier": method, "kind": kind, "examples": len(part)}
             row["perturbation"] = float(part.perturbation.median())
-            for measure in MEASURES:
+            for measure in (*MEASURES, STEP):
                 low, high = _median_interval(part[measure].to_numpy())
                 row |= {measure: float(part[measure].median()), "low": low, "high": high}
                 row[f"{measure} low"], row[f"{measure} high"] = row.pop("low"), row.pop("high")
@@ -72,8 +75,10 @@ def separation_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
         regular = [kind for kind in kinds if kind not in leaving.on_manifold]
         pairs = [(kind, CLEAN) for kind in kinds]
         pairs += [(kind, other) for other in leaving.on_manifold for kind in regular]
-        for measure in MEASURES:
+        for measure in (*MEASURES, STEP):
             for kind, other in pairs:
+                if measure == STEP and other == CLEAN:
+                    continue  # whose perturbation is zero
                 found = _separation(leaving, measure, kind, other)
                 row = {"classifier": method, "distance": measure, "kind": kind, "against": other}
                 rows.append(row | found._asdict())
@@ -116,7 +121,9 @@ def judge(method: str, leaving: Leaving, kept: Kept) -> Iterator[Statement]:
     for name in leaving.on_manifold:
         if name in kinds:
             yield _tangent(method, leaving, name)
-            yield from (_further(method, leaving, other, name) for other in regular)
+            for other in regular:
+                for measure in ("to_manifold", STEP):
+                    yield _further(method, leaving, other, name, measure)
         if name in kept:
             yield label_statement(method, name, *kept[name])
 
@@ -181,14 +188,19 @@ def _tangent(method: str, leaving: Leaving, name: str) -> Statement:
     )
 
 
-def _further(method: str, leaving: Leaving, regular: str, name: str) -> Statement:
-    found = _separation(leaving, "to_manifold", regular, name)
+def _further(method: str, leaving: Leaving, regular: str, name: str, measure: str) -> Statement:
+    found = _separation(leaving, measure, regular, name)
     numbers = (
-        f"Median distance {_median(leaving, regular, 'to_manifold'):.2f} against "
-        f"{_median(leaving, name, 'to_manifold'):.2f}; further away in {_area(found)} of the pairs. Holds "
+        f"Median distance {_median(leaving, regular, measure):.2f} against "
+        f"{_median(leaving, name, measure):.2f}; further away in {_area(found)} of the pairs. Holds "
         f"above {100 * _APART:.0f} %."
     )
-    text = f"{method}: {regular} examples are clearly told from {name} examples by their distance"
+    by = (
+        "distance to the manifold"
+        if measure == "to_manifold"
+        else "perturbation's distance to the span of neighbours"
+    )
+    text = f"{method}: {regular} examples are clearly told from {name} examples by their {by}"
     return Statement(text, numbers, verdict(found.low - _APART, found.high - _APART), _SOURCE)
 
 
@@ -228,8 +240,9 @@ def _median_interval(values: Floats) -> tuple[float, float]:
     """What order statistics say of the median, at 95 %; unbounded where they are too few."""
     from scipy.stats import quantile_test
 
+    values = values[~np.isnan(values)]
     if not len(values):
-        return -math.inf, math.inf
+        return math.nan, math.nan
     low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
     return (
         -math.inf if math.isnan(low) else float(low),

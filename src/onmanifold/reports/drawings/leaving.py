@@ -40,7 +40,9 @@ def draw_distances(images: Mapping[str, pd.DataFrame], measure: str, label: str)
     """
     values = {
         name: {
-            str(kind): part[measure].to_numpy() for kind, part in table.groupby("kind", sort=False)
+            str(kind): part[measure].to_numpy()
+            for kind, part in table.groupby("kind", sort=False)
+            if part[measure].notna().all()
         }
         for name, table in images.items()
     }
@@ -57,7 +59,8 @@ def draw_angles(
     """Normalised histograms of angles to the tangent space in degrees: a panel for each classifier.
 
     Args:
-        images: For each classifier a row per image, with columns kind and angle; those without angle are left out.
+        images: For each classifier a row per image, with columns kind and angle, without which they are left out;
+            where there is a column share_hundredth, it is drawn as an angle too.
         directions: The same for directions that are no perturbations.
         random_share: Tangent share that a random direction has on average, of which the angle is marked.
     """
@@ -70,6 +73,11 @@ def draw_angles(
         }
         for name in images
     }
+    for name, table in images.items():
+        if "share_hundredth" in table:
+            for kind, part in table.dropna(subset=["share_hundredth"]).groupby("kind", sort=False):
+                shares = part.share_hundredth.to_numpy().clip(0, 1)
+                values[name][f"{kind}, a hundredth"] = np.degrees(np.arccos(np.sqrt(shares)))
     mark = math.degrees(math.acos(math.sqrt(random_share))) if random_share >= 0 else None
     label = "angle to the tangent space (degrees)"
     return _histograms(values, np.linspace(0, 90, _BINS + 6), label, mark)
@@ -97,7 +105,7 @@ def _histograms(
             if mark is not None:
                 pane.axvline(mark, color=INK, linewidth=0.7)
             pane.set(title=name, xlabel=label, xlim=(edges[0], edges[-1]))
-            pane.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            pane.yaxis.set_major_formatter(PercentFormatter(1.0))
             pane.grid(axis="y")
         panes[0].set_ylabel("share of the images")
         add_legend(figure, max(panes, key=lambda pane: len(pane.get_legend_handles_labels()[1])))

@@ -11,6 +11,7 @@ from onmanifold.data.dataset import Batch
 from onmanifold.experiments.analyses.leaving_results import judge, separation_table, success_table
 from onmanifold.experiments.analyses.run import load_analysis, run_analysis
 from onmanifold.foundation.errors import ConfigError
+from onmanifold.manifolds import FontsManifold
 from onmanifold.reports.drawings.leaving import draw_angles, draw_distances
 from onmanifold.reports.drawings.validity import Example, draw_examples
 
@@ -25,6 +26,14 @@ TINY = {
         "OM-PGD": {"type": "pgd", "threat": {"type": "latent_ball", "radius": 0.5}, "steps": 5},
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Letters are not identified, which is tested elsewhere and takes its time: searches start anywhere."""
+    monkeypatch.setattr(
+        FontsManifold, "encode", lambda self, images, labels: self.sample_codes(labels, seed=1)
+    )
 
 
 def spec(analysis, **changes):
@@ -60,7 +69,7 @@ def test_leaving_the_manifold_of_letters(tmp_path):
 
 
 def test_validity_of_letters(tmp_path):
-    found = run_analysis(spec({"type": "validity", "images": 2, "examples": 1}), tmp_path)
+    found = run_analysis(spec({"type": "validity", "images": 4, "examples": 2}), tmp_path)
     table = found.tables["validity"].set_index("attack")
     assert table.index.tolist() == ["clean", "OM-PGD"]
     row, examples = table.loc["OM-PGD"], found.tables["examples"]

@@ -373,3 +373,28 @@ def test_a_manifold_in_train_mode_is_refused(make):
     codes = codes_of(manifold, 2)
     with pytest.raises(InputError, match=r"sngan is in train mode; expected `manifold.eval\(\)`"):
         LatentBall(manifold).around(torch.rand(2, 3, 32, 32).double(), torch.zeros(2).long(), codes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pushes_are_the_adjoint_of_gradients(make, name):
+    """Of any two vectors ``<J v, u> = <v, J^T u>``; and ``J v`` is what differences say."""
+    manifold = make(name)
+    labels = torch.arange(COUNT) % CLASSES
+    codes = manifold.sample_codes(labels, seed=1).double()
+    chart = manifold.chart(codes)
+    generator = torch.Generator().manual_seed(7)
+    latents = chart.latents.clone().requires_grad_()
+    images = chart.decode(latents)
+    directions = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    (gradients,) = torch.autograd.grad(images, latents, vectors)
+    moved = chart.push(chart.latents, directions)
+    assert not moved.requires_grad
+    inner = (moved * vectors).flatten(1).sum(1)
+    torch.testing.assert_close(inner, (gradients * directions).sum(1), rtol=1e-9, atol=1e-12)
+    step = 1e-6 * directions
+    with torch.no_grad():
+        difference = chart.decode(chart.latents + step) - chart.decode(chart.latents - step)
+    # A pixel in a thousand may lie at a kink.
+    far = (difference / 2e-6 - moved).abs() > 1e-5 * (1 + moved.abs())
+    assert far.double().mean() < 2e-3

@@ -89,6 +89,15 @@ def test_validity_of_letters(tmp_path):
         ({"type": "leaving_the_manifold", "attacks": ["PGT"]}, {}, "Did you mean 'PGD'"),
         ({"type": "validity", "examples": 0}, {}, "examples: expected at least 1"),
         (
+            {
+                "type": "validity",
+                "judge": {"type": "ppca", "image_shape": [1, 28, 28], "num_classes": 10}
+                | {"conditional": False},
+            },
+            {},
+            "judge: the codes of ppca hold no class",
+        ),
+        (
             {"type": "validity"},
             {"attacks": {"PGD": TINY["attacks"]["PGD"]}},
             "expected one on a latent ball",

@@ -18,6 +18,9 @@ from onmanifold.attacks import Attack
 from onmanifold.classifiers import load_classifier
 from onmanifold.data.dataset import Batch
 from onmanifold.evaluation.statistics import mean_interval, verdict
+
+# Registers "fitted", which a judge may be.
+from onmanifold.experiments import fits  # noqa: F401
 from onmanifold.experiments.analyses.base import (
     ANALYSES,
     Analysis,

@@ -125,7 +125,8 @@ def judge(method: str, leaving: Leaving, kept: Kept) -> Iterator[Statement]:
                 for measure in ("to_manifold", STEP):
                     yield _further(method, leaving, other, name, measure)
         if name in kept:
-            yield label_statement(method, name, *kept[name])
+            known = leaving.found[name].codes is not None
+            yield label_statement(method, name, *kept[name], known=known)
 
 
 def _leaves(method: str, leaving: Leaving, name: str, measure: str) -> Statement:
@@ -151,6 +152,10 @@ def _orthogonal(method: str, leaving: Leaving, name: str) -> Statement:
     text = (
         f"{method}: {name} leaves it almost orthogonally, the distance is the perturbation's norm"
     )
+    clean = _median(leaving, CLEAN, "to_manifold")
+    if clean > leaving.tolerance:
+        numbers += f" Clean images do not lie on it, at a median of {clean:.2f}: this distance is no measure."
+        return Statement(text, numbers, "not measured", _SOURCE)
     return Statement(text, numbers, verdict(low - _ORTHOGONAL, high - _ORTHOGONAL), _SOURCE)
 
 
@@ -204,14 +209,24 @@ def _further(method: str, leaving: Leaving, regular: str, name: str, measure: st
     return Statement(text, numbers, verdict(found.low - _APART, found.high - _APART), _SOURCE)
 
 
-def label_statement(method: str, name: str, good: int, judged: int) -> Statement:
-    """Whether on-manifold adversarial examples are valid, as `good` of `judged` are."""
+def label_statement(method: str, name: str, good: int, judged: int, known: bool) -> Statement:
+    """Whether on-manifold adversarial examples are valid, as ``good`` of ``judged`` are.
+
+    Args:
+        method: The classifier.
+        name: The attack.
+        good: Number of examples that keep their label.
+        judged: Of so many.
+        known: Whether the codes that the attack ended with are on the manifold that judges.
+    """
     low, high = wilson_interval(good, judged)
     share = good / judged if judged else math.nan
     numbers = (
         f"{good} of {judged} are nearest to the manifold of their own class: {100 * share:.1f} % "
         f"[{100 * low:.1f}, {100 * high:.1f}]. Holds above {100 * _APART:.0f} %."
     )
+    if known:
+        numbers += " The attack moved on this very manifold: only another class at distance 0 could take them."
     text = f"{method}: on-manifold adversarial examples by {name} keep their label"
     outcome = verdict(low - _APART, high - _APART) if judged else "not measured"
     return Statement(text, numbers, outcome, "Disentangling, definition 1")

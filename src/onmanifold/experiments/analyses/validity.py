@@ -186,7 +186,9 @@ def _rows(each: _Judged, classes: tuple[str, ...]) -> pd.DataFrame:
 def _statements(each: _Judged, clean: LabelCheck, indices: Tensor) -> list[Statement]:
     """Whether examples keep their label, and whether they come nearer to other classes than clean images are."""
     count = len(each.found.rows)
-    first = label_statement(each.method, each.attack, int(each.check.kept.sum()), count)
+    known = each.found.codes is not None
+    good = int(each.check.kept.sum())
+    first = label_statement(each.method, each.attack, good, count, known=known)
     text = f"{each.method}: examples by {each.attack} come no nearer to another class than their clean images"
     source = "Disentangling, definition 1"
     if count < 2:

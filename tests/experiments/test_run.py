@@ -258,7 +258,7 @@ def test_helpers_end_with_a_killed_process(tmp_path):
             except OSError:
                 continue
             if (
-                b"onmanifold.experiments.helper" in words
+                b"onmanifold.experiments.worker" in words
                 and str(tmp_path / "out").encode() in words
             ):
                 found.append(entry)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal
 
 from onmanifold.evaluation.audits.report import Finding, Verdict
+from onmanifold.evaluation.audits.study import Bools, Study
 from onmanifold.evaluation.statistics import compare_paired, wilson_interval
-
-if TYPE_CHECKING:
-    from onmanifold.evaluation.audits.study import Study
-
-Bools = npt.NDArray[np.bool_]
 
 # Below this many samples a share is an anecdote, whatever the interval says.
 _FEWEST = 3

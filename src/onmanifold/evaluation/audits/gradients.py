@@ -16,7 +16,6 @@ from onmanifold.attacks.stepped import resolve_step_sizes
 from onmanifold.evaluation.audits.balls import draw
 from onmanifold.evaluation.audits.checks import (
     Answer,
-    Bools,
     check,
     percent,
     surely_above,
@@ -24,7 +23,7 @@ from onmanifold.evaluation.audits.checks import (
     surely_more,
     verdict_of,
 )
-from onmanifold.evaluation.audits.study import Study
+from onmanifold.evaluation.audits.study import Bools, Study
 from onmanifold.evaluation.audits.subject import Subject
 from onmanifold.foundation import randomness
 from onmanifold.objectives import CrossEntropy, Margin, Network, Objective

@@ -11,14 +11,13 @@ from torch import Tensor
 from onmanifold.attacks import APGD, PGD, RandomPerturbation
 from onmanifold.evaluation.audits.checks import (
     Answer,
-    Bools,
     check,
     percent,
     skipped,
     surely_above,
     verdict_of,
 )
-from onmanifold.evaluation.audits.study import Study
+from onmanifold.evaluation.audits.study import Bools, Study
 from onmanifold.evaluation.statistics import compare_paired
 from onmanifold.foundation import randomness
 from onmanifold.objectives import Margin

@@ -12,14 +12,13 @@ from safetensors.numpy import load_file
 
 from onmanifold.evaluation.audits.checks import (
     Answer,
-    Bools,
     check,
     percent,
     skipped,
     surely_above,
     verdict_of,
 )
-from onmanifold.evaluation.audits.study import Saved, Study
+from onmanifold.evaluation.audits.study import Bools, Saved, Study
 from onmanifold.evaluation.ledger import STANDARD, Evaluation
 from onmanifold.evaluation.recheck import recheck
 from onmanifold.foundation.errors import DataError

@@ -12,7 +12,6 @@ from onmanifold.attacks import PGD, RandomPerturbation
 from onmanifold.attacks.gradient import GradientAttack
 from onmanifold.evaluation.audits.checks import (
     Answer,
-    Bools,
     check,
     percent,
     skipped,
@@ -20,7 +19,7 @@ from onmanifold.evaluation.audits.checks import (
     surely_more,
     verdict_of,
 )
-from onmanifold.evaluation.audits.study import Study
+from onmanifold.evaluation.audits.study import Bools, Study
 from onmanifold.evaluation.audits.surrogate import student_of
 from onmanifold.objectives import Margin
 from onmanifold.threats import ImageBall, JointBall, Threat

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from onmanifold.attacks import APGD, PGD, Attack
 from onmanifold.attacks.engine import full_float32, untouched
 from onmanifold.evaluation.audits.balls import label_of, scaled
-from onmanifold.evaluation.audits.checks import Bools
 from onmanifold.evaluation.audits.subject import Subject
 from onmanifold.evaluation.ledger import Evaluation
 from onmanifold.objectives import DLR, CrossEntropy, Margin, TargetedDLR
 from onmanifold.threats import Threat, Variables
 from onmanifold.threats.base import Region
+
+Bools = npt.NDArray[np.bool_]
 
 # Over how many passes a random model is judged: one failure may be luck.
 _PASSES = 11

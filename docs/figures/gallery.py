@@ -52,7 +52,8 @@ def keep(spec: AnalysisSpec) -> None:
     folder.mkdir(parents=True)
     results = Path("runs") / spec.name
     shutil.copy(results / "findings.json", folder)
-    for drawn in sorted((results / "figures").glob("*.svg")):
+    for name in json.loads((results / "findings.json").read_text(encoding="utf-8"))["figures"]:
+        drawn = results / "figures" / f"{name}.svg"
         chosen = drawn if drawn.stat().st_size <= LARGEST else drawn.with_suffix(".png")
         shutil.copy(chosen, folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,16 +140,16 @@ def _build_all(
     return built
 
 
-def chosen_attacks(setup: Setup, names: tuple[str, ...] | None) -> dict[str, Attack]:
-    """The experiment's attacks of these names; all for None.
+def chosen_attacks(attacks: Mapping[str, Attack], names: Sequence[str] | None) -> dict[str, Attack]:
+    """The attacks of these names; None: all.
 
     Raises:
-        ConfigError: It has no such attack.
+        ConfigError: There is no such attack.
     """
     for name in names or ():
-        if name not in setup.attacks:
-            raise ConfigError(f"attacks: unknown attack {name!r}.{nearest(name, setup.attacks)}")
-    return {name: setup.attacks[name] for name in (setup.attacks if names is None else names)}
+        if name not in attacks:
+            raise ConfigError(f"attacks: unknown attack {name!r}.{nearest(name, attacks)}")
+    return {name: attacks[name] for name in (attacks if names is None else names)}
 
 
 def manifold_of(specification: Any, dataset: DatasetSpec) -> Manifold | None:

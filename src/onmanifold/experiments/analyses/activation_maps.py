@@ -81,15 +81,13 @@ class ActivationMaps(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "shown", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+        self._at_least(images=1, shown=1, batch_size=1)
         if self.foreground is not None and not 0 <= self.foreground < 1:
             raise ConfigError(f"foreground: expected a number in [0, 1), found {self.foreground}.")
 
     def run(self, place: Workplace) -> Findings:
         setup = place.experiment.setup
-        attacks = chosen_attacks(setup, self.attacks)
+        attacks = chosen_attacks(setup.attacks, self.attacks)
         jobs = place.trained(self.methods)
         methods = list(dict.fromkeys(job.method for job in jobs))
         baseline = self.baseline or methods[0]

@@ -12,6 +12,7 @@ from onmanifold.experiments.runner import Session, train_only
 from onmanifold.experiments.summary import Trained
 from onmanifold.foundation.errors import ConfigError, OnManifoldError
 from onmanifold.foundation.registry import Component, Registry
+from onmanifold.manifolds.base import Manifold
 from onmanifold.reports.claims import Verdict
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ class Workplace:
             raise ConfigError("experiment: expected an experiment, whose classifiers are analysed.")
         return self.session
 
+    @property
+    def manifold(self) -> Manifold:
+        """The experiment's manifold.
+
+        Raises:
+            ConfigError: It has none.
+        """
+        manifold = self.experiment.setup.manifold
+        if manifold is None:
+            raise ConfigError("experiment.manifold: expected a manifold, found none.")
+        return manifold
+
     def trained(
         self, methods: Sequence[str] | None = None, seeds: Sequence[int] | None = None
     ) -> list[Trained]:
@@ -123,6 +136,13 @@ class Analysis(Component, ABC):
 
     registry = ANALYSES
     needs_experiment: ClassVar[bool] = False
+
+    def _at_least(self, **limits: int) -> None:
+        """Raises ConfigError where a field is a number below its limit; None is none."""
+        for name, limit in limits.items():
+            found = getattr(self, name)
+            if found is not None and found < limit:
+                raise ConfigError(f"{name}: expected at least {limit}, found {found}.")
 
     @abstractmethod
     def run(self, place: Workplace) -> Findings:

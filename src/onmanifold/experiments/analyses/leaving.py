@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -28,8 +28,7 @@ from onmanifold.experiments.analyses.leaving_results import (
     success_table,
     tangent_table,
 )
-from onmanifold.foundation.errors import ConfigError
-from onmanifold.foundation.registry import nearest
+from onmanifold.experiments.setup import chosen_attacks
 from onmanifold.manifolds.base import Manifold
 from onmanifold.manifolds.project import ProjectionConfig
 from onmanifold.reports.drawings.leaving import draw_angles, draw_distances
@@ -67,16 +66,12 @@ class LeavingTheManifold(Analysis):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("judged", 0), ("neighbours", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name}: expected at least {least}, found {getattr(self, name)}."
-                )
+        self._at_least(images=1, judged=0, neighbours=1)
 
     def run(self, place: Workplace) -> Findings:
         setup = place.experiment.setup
-        manifold = manifold_of(place)
-        attacks = chosen(setup.attacks, self.attacks, "attacks")
+        manifold = place.manifold
+        attacks = chosen_attacks(setup.attacks, self.attacks)
         device = place.experiment.fabric.device
         batch = setup.test.batch(torch.arange(min(self.images, len(setup.test))), device)
         train_images = setup.train.batch(torch.arange(len(setup.train)), device).images
@@ -134,30 +129,6 @@ class LeavingTheManifold(Analysis):
             )
             counts[name] = int(result.kept.sum()), len(which)
         return counts
-
-
-def manifold_of(place: Workplace) -> Manifold:
-    """The experiment's manifold.
-
-    Raises:
-        ConfigError: It has none.
-    """
-    manifold = place.experiment.setup.manifold
-    if manifold is None:
-        raise ConfigError("experiment.manifold: expected a manifold, found none.")
-    return manifold
-
-
-def chosen(components: Mapping[str, T], names: Sequence[str] | None, place: str) -> dict[str, T]:
-    """The components of these names; None: all.
-
-    Raises:
-        ConfigError: Unknown name; the message shows the nearest.
-    """
-    for name in names or ():
-        if name not in components:
-            raise ConfigError(f"{place}: unknown name {name!r}.{nearest(name, components)}")
-    return {name: components[name] for name in (components if names is None else names)}
 
 
 def knows_classes(manifold: Manifold) -> bool:

@@ -113,11 +113,7 @@ class Playground(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("points", 2), ("arrows", 1), ("resolution", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name}: expected at least {least}, found {getattr(self, name)}."
-                )
+        self._at_least(points=2, arrows=1, resolution=2)
         if self.step_size is not None and not 0 <= self.step_size < float("inf"):
             raise ConfigError(f"step_size: expected a finite number >= 0, found {self.step_size}.")
 

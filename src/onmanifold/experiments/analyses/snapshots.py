@@ -60,8 +60,7 @@ class Snapshots(Analysis):
     images: int | None = None
 
     def __post_init__(self) -> None:
-        if self.images is not None and self.images < 2:
-            raise ConfigError(f"images: expected at least 2, found {self.images}.")
+        self._at_least(images=2)
 
     def run(self, place: Workplace) -> Findings:
         setup = place.experiment.setup
@@ -70,7 +69,7 @@ class Snapshots(Analysis):
                 "experiment.training.snapshot_epochs: expected a number of epochs, such as 2; without it a "
                 "training keeps no snapshots."
             )
-        attacks = chosen_attacks(setup, self.attacks)
+        attacks = chosen_attacks(setup.attacks, self.attacks)
         curves = [
             _Curve(job, self._evaluate(place, job, attacks)) for job in place.trained(self.methods)
         ]

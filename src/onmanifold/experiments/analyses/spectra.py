@@ -90,10 +90,7 @@ class Spectra(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("leading", "images", "basis", "draws", "shown", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {value}.")
+        self._at_least(leading=1, images=1, basis=1, draws=1, shown=1, batch_size=1)
         names = [self.image, self.latent, self.reconstruction]
         if len(set(names)) < len(names):
             raise ConfigError(f"latent: expected different attacks, found {names}.")

@@ -111,10 +111,7 @@ class Generalisation(Analysis):
         for name in ("classifiers", "methods", "seeds", "attacks"):
             if getattr(self, name) is not None and not getattr(self, name):
                 raise ConfigError(f"{name}: expected at least one, found none.")
-        for name in ("steps", "error_images", "jobs"):
-            found = getattr(self, name)
-            if found is not None and found < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {found}.")
+        self._at_least(steps=1, error_images=1, jobs=1)
         if not self.tolerance >= 0:
             raise ConfigError(f"tolerance: expected a number >= 0, found {self.tolerance}.")
         if not 0 < self.confidence < 1:

@@ -63,11 +63,7 @@ class Theory(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("dimensions", 1), ("samples", 2), ("fitted", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"{name}: expected at least {least}, found {getattr(self, name)}."
-                )
+        self._at_least(dimensions=1, samples=2, fitted=2)
         if not 1 < self.multiplier < np.inf:
             raise ConfigError(f"multiplier: expected more than 1, found {self.multiplier}.")
         for name in ("image_multiplier", "radius"):

@@ -61,10 +61,7 @@ class LatentTraversal(Analysis):
     shown: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 2), ("images", 2), ("shown", 1), ("directions", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: expected at least {least}, found {value}.")
+        self._at_least(steps=2, images=2, shown=1, directions=1)
 
     def run(self, place: Workplace) -> Findings:
         spec = parse_dataset(self.dataset, "dataset")

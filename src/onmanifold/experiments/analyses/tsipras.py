@@ -51,8 +51,7 @@ class Tsipras(Analysis):
 
     def __post_init__(self) -> None:
         self.toy()
-        if self.samples < 2:
-            raise ConfigError(f"samples: expected at least 2, found {self.samples}.")
+        self._at_least(samples=2)
         for weight in self.weights or ():
             if not 0 < weight < np.inf:
                 raise ConfigError(f"weights: expected positive numbers, found {weight}.")

@@ -29,8 +29,9 @@ from onmanifold.experiments.analyses.base import (
     Statement,
     Workplace,
 )
-from onmanifold.experiments.analyses.leaving import chosen, knows_classes, manifold_of
+from onmanifold.experiments.analyses.leaving import knows_classes
 from onmanifold.experiments.analyses.leaving_results import label_statement, share_columns
+from onmanifold.experiments.setup import chosen_attacks
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.manifolds.base import Manifold
 from onmanifold.reports.drawings.validity import Example, draw_examples
@@ -79,15 +80,13 @@ class Validity(Analysis):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("images", "examples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+        self._at_least(images=1, examples=1)
         if self.judge is not None and not knows_classes(self.judge):
             raise ConfigError(f"judge: the codes of {self.judge.name} hold no class.")
 
     def run(self, place: Workplace) -> Findings:
         setup, device = place.experiment.setup, place.experiment.fabric.device
-        manifold = manifold_of(place) if self.judge is None else self.judge
+        manifold = place.manifold if self.judge is None else self.judge
         if not knows_classes(manifold):
             raise ConfigError(
                 f"judge: expected a manifold with one for each class; the codes of {manifold.name} hold none."
@@ -127,7 +126,7 @@ class Validity(Analysis):
             names = tuple(n for n, each in attacks.items() if isinstance(each.threat, LatentBall))
             if not names:
                 raise ConfigError("experiment.attacks: expected one on a latent ball, found none.")
-        return chosen(attacks, names, "attacks")
+        return chosen_attacks(attacks, names)
 
 
 def _table(judged: list[_Judged], clean: LabelCheck) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pytest
 from onmanifold.experiments.analyses.base import ANALYSES, Findings, Statement
 from onmanifold.experiments.analyses.run import load_analysis, run_analysis
 from onmanifold.experiments.spec import read_yaml
-from onmanifold.foundation.errors import ConfigError
+from onmanifold.foundation.errors import ConfigError, DataError
 
 TINY = {
     "name": "tiny",
@@ -86,3 +86,13 @@ def test_the_command(tmp_path):
     )
     assert "analysis.html" in done.stdout
     assert "Normal" in done.stdout
+
+
+def test_a_file_where_the_results_should_go_is_met_before_the_work(tmp_path, monkeypatch):
+    place = tmp_path / "file"
+    place.write_text("mine")
+    spec = load_analysis({"name": "c", "analysis": "training_curves", "experiment": TINY})
+    monkeypatch.setattr(ANALYSES.get("training_curves"), "run", lambda self, place: 1 / 0)
+    with pytest.raises(DataError, match="is a file; the results need a folder"):
+        run_analysis(spec, place)
+    assert place.read_text() == "mine"

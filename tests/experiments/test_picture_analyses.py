@@ -157,7 +157,7 @@ def test_traversal_along_principal_directions_of_encoded_images(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"type": "activation_maps", "images": 0}, "images: expected at least 1"),
+        ({"type": "activation_maps", "images": 0}, "images: expected at least 2"),
         ({"type": "activation_maps", "foreground": 2.0}, "foreground"),
         ({"type": "activation_maps", "baseline": "normal"}, "Did you mean 'Normal'"),
         ({"type": "activation_maps", "attacks": ["PDG"]}, "Did you mean 'PGD'"),

@@ -13,6 +13,7 @@ from onmanifold.foundation.weights import weights_digest
 from onmanifold.threats import ImageBall
 from onmanifold.training import (
     ATLD,
+    RLAT,
     AdversarialTraining,
     FeatureScattering,
     Method,
@@ -105,6 +106,14 @@ def test_they_are_those_of_a_step_in_training(data):
         seed=step.seed,
     )
     torch.testing.assert_close(found, made)
+
+
+def test_rlat_makes_images_and_what_it_does_to_layers_is_none(data):
+    model = build_classifier({"type": "mlp", "hidden": [8]}, 2, (1, 1, 2), seed=0)
+    batch = data.batch(torch.arange(10))
+    (found,) = training_examples(RLAT(0.01), model, batch.images, batch.labels)
+    lengths = (found - batch.images).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full((10,), 0.01))
 
 
 def test_methods_without_examples_and_early_epochs(data):

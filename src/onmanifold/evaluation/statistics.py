@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from onmanifold.foundation.errors import InputError
 
-Verdict = Literal["holds", "does not hold", "within noise"]
+Verdict = Literal["holds", "does not hold", "within noise", "not measured"]
 
 
 class Interval(NamedTuple):
@@ -191,9 +191,11 @@ def mean_interval(
 def verdict(low: float, high: float) -> Verdict:
     """What the interval of a difference says about the claim that the difference is positive.
 
-    >>> verdict(0.01, 0.05), verdict(-0.05, -0.01), verdict(-0.01, 0.05)
-    ('holds', 'does not hold', 'within noise')
+    >>> verdict(0.01, 0.05), verdict(-0.05, -0.01), verdict(-0.01, 0.05), verdict(math.nan, 0.05)
+    ('holds', 'does not hold', 'within noise', 'not measured')
     """
+    if math.isnan(low) or math.isnan(high):
+        return "not measured"
     if low > 0:
         return "holds"
     return "does not hold" if high < 0 else "within noise"

@@ -15,7 +15,7 @@ from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import Context, build_component, nearest
 
 Relation = Literal[">", "<"]
-Verdict = Literal["holds", "does not hold", "within noise", "not measured"]
+Verdict = statistics.Verdict
 Cell = tuple[str, str]
 """A method and a column of the table, such as ("DMAT", "PGD-50")."""
 
@@ -26,7 +26,11 @@ Measured = Mapping[Cell, Sequence[NDArray[np.bool_ | np.float64]]]
 """The same, and cells that hold one share for each seed, (1,)."""
 
 OVERFITTING = "robust overfitting"
-"""A column for claims alone: how far robust accuracy on held-out images fell from its best epoch to the last."""
+"""A column for claims alone: how far robust accuracy on held-out images fell from its best epoch to the last.
+
+It is never negative, and above 0 by luck alone: it compares methods validated on the same images. A single
+training's own fall, without that bias, is what `onmanifold.evaluation.robust_overfitting` finds from snapshots.
+"""
 
 CONFIDENCE = 0.95
 

@@ -42,7 +42,7 @@ def training_examples(
 
     Returns:
         (rows, C, H, W) each, in the order in which they are made: usually one of all rows. None where the method
-        trains on the images as they are.
+        trains on the images as they are. What a method makes of inner layers, as RLAT does, is left out.
 
     Raises:
         InputError: Images or labels are of the wrong type, shape or range.
@@ -57,4 +57,4 @@ def training_examples(
     devices = sorted({tensor.device for tensor in network.parameters() if tensor.is_cuda}, key=str)
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         method.loss(step)
-    return [made.detach() for made in step.made]
+    return [made.detach() for made in step.made if made.shape[1:] == images.shape[1:]]

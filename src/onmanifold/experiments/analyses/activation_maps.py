@@ -81,7 +81,7 @@ class ActivationMaps(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._at_least(images=1, shown=1, batch_size=1)
+        self._at_least(images=2, shown=1, batch_size=1)
         if self.foreground is not None and not 0 <= self.foreground < 1:
             raise ConfigError(f"foreground: expected a number in [0, 1), found {self.foreground}.")
 

@@ -72,7 +72,7 @@ class FlowLevels(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._at_least(steps=1, images=1, batch_size=1)
+        self._at_least(steps=1, images=2, batch_size=1)
         if not self.radii or min(self.radii) <= 0 or list(self.radii) != sorted(set(self.radii)):
             raise ConfigError(f"radii: expected rising numbers > 0, found {list(self.radii)}.")
 

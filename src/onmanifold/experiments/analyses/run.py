@@ -18,7 +18,7 @@ from onmanifold.experiments.spec import (
     load_experiment,
     read_yaml,
 )
-from onmanifold.foundation.errors import ConfigError
+from onmanifold.foundation.errors import ConfigError, DataError
 from onmanifold.foundation.files import write_atomically, write_json
 from onmanifold.foundation.registry import Context, build_component, nearest
 from onmanifold.reports import figures
@@ -110,6 +110,8 @@ def run_analysis(
         DataError: Data is missing, or results cannot be written.
     """
     out = Path("runs") / spec.name if out is None else Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; the results need a folder.")
     analysis = _build(spec)
     session = None
     if spec.experiment is not None:

@@ -63,7 +63,7 @@ class Theory(Analysis):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._at_least(dimensions=1, samples=2, fitted=2)
+        self._at_least(dimensions=1, samples=1000, fitted=2)
         if not 1 < self.multiplier < np.inf:
             raise ConfigError(f"multiplier: expected more than 1, found {self.multiplier}.")
         for name in ("image_multiplier", "radius"):

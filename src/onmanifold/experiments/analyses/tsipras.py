@@ -122,10 +122,12 @@ def _toy_statements(
     bayes = _row(table, -(table.weight - toy.bayes_weight).abs())
     slack = bound - table.robust.to_numpy()
     yield Statement(
-        "Against every perturbation no classifier is both robust and accurate",
+        "Against every perturbation robust accuracy is at most p / (1 - p) times the standard error",
         f"The most accurate one: {bayes.standard:.4f} standard, {bayes.robust:.4f} robust. Robust accuracy is "
         f"at least {max(slack.min(), 0):.2g} below p / (1 - p) times the standard error.",
-        verdict([bool((slack >= -1e-12).all())]) if (bound < 1).any() else "not measured",
+        verdict([bool((slack >= -1e-12).all())])
+        if (bound < 1).any() and bayes.standard > toy.probability
+        else "not measured",
         "Tsipras et al. 2018, theorem 2.1",
     )
     best = _row(table, table.valid)

@@ -75,16 +75,21 @@ class RLAT(Method):
         names = self.layers or ("", *_weighted(step.classifier))
         if step.given is None:
             # Before the first forward pass, which changes the batch-norm statistics.
-            found = self._perturbations(step, names)
+            found = self._perturbed(step, names)
             step.made.extend(found)
         else:
             found = [next(step.given) for _ in names]
-        changes = {name: _adding(change) for name, change in zip(names, found, strict=True)}
-        logits = _logits(step.logits, step, changes)
+        changes = dict(zip(names, found, strict=True))
+        # Kept as the image that it makes, as methods keep their examples.
+        images = changes.pop("", step.images)
+        with changed_outputs(
+            step.classifier, {name: _adding(change) for name, change in changes.items()}
+        ):
+            logits = step.logits(images)
         return functional.cross_entropy(logits, step.labels)
 
-    def _perturbations(self, step: Step, names: Sequence[str]) -> list[Tensor]:
-        """The perturbation of each layer, of the shape of its output (B, ...)."""
+    def _perturbed(self, step: Step, names: Sequence[str]) -> list[Tensor]:
+        """The perturbed image (B, C, H, W), and the perturbation of each layer, of its output's shape (B, ...)."""
         zeros: dict[str, Tensor] = {}
         watches = {name: _watching(name, zeros) for name in names}
         with frozen(step.classifier):
@@ -98,9 +103,13 @@ class RLAT(Method):
         leaves = [zeros[name] for name in names]
         gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
         size = step.images[0].numel()
-        return [
+        moves = [
             self._radius(place, gradient[0].numel() / size) * unit(gradient)
             for place, gradient in enumerate(gradients, start=1)
+        ]
+        return [
+            move if name else (step.images + move).clamp(0, 1)
+            for name, move in zip(names, moves, strict=True)
         ]
 
     def _radius(self, place: int, size: float) -> float:

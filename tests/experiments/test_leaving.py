@@ -70,6 +70,14 @@ def test_leaving_the_manifold_of_letters(tmp_path):
     assert "Normal: on-manifold adversarial examples by OM-PGD keep their label" in texts
 
 
+@pytest.mark.parametrize("name", ["leaving_the_manifold", "validity"])
+def test_a_seed_that_the_experiment_does_not_have(tmp_path, name):
+    settings = {"type": name, "images": 1, "seed": 7}
+    with pytest.raises(ConfigError, match=r"seeds of the experiment, .*, found 7"):
+        run_analysis(spec(settings), tmp_path)
+    assert not list(tmp_path.glob("**/result.json"))
+
+
 def test_validity_of_letters(tmp_path):
     found = run_analysis(spec({"type": "validity", "images": 4, "examples": 2}), tmp_path)
     table = found.tables["validity"].set_index("attack")

@@ -10,16 +10,16 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from onmanifold.analysis.generalisation import POOLED, Relation, correlate, relate
 from onmanifold.evaluation import Evaluation
-from onmanifold.experiments.analyses.base import ANALYSES, Workplace
+from onmanifold.experiments.analyses.base import ANALYSES, Findings, Workplace
 from onmanifold.experiments.analyses.generalisation_claims import (
     essentially_generalisation,
     not_contradicting,
@@ -61,14 +61,20 @@ def content(analysis=(), **changes):
     }
 
 
-def told(out: Path, analysis=(), **changes) -> tuple[list[str], pd.DataFrame]:
-    """What is told and measured; without writing figures and a page, which takes most of the time."""
+def swept(out: Path, analysis=(), **changes) -> tuple[list[str], Findings]:
+    """What is told and found; without writing figures and a page, which takes most of the time."""
     lines: list[str] = []
     spec = content(analysis, **changes)
     experiment = load_experiment(spec["experiment"])
     session = open_session(experiment, out / "experiment", device="cpu", say=lines.append)
     place = Workplace(out, "cpu", lines.append, session=session)
-    return lines, ANALYSES.build(spec["analysis"]).run(place).tables["trainings"]
+    return lines, ANALYSES.build(spec["analysis"]).run(place)
+
+
+def told(out: Path, analysis=(), **changes) -> tuple[list[str], pd.DataFrame]:
+    """What is told and measured."""
+    lines, found = swept(out, analysis, **changes)
+    return lines, found.tables["trainings"]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +225,10 @@ def test_a_training_that_fails_is_told_and_left_out(tmp_path):
     broken = {"type": "trades", "attack": attack, "weight": 1e9}
     methods = {"Normal": "normal", "Broken": broken}
     training = {**EXPERIMENT["training"], "loss_limit": 100.0}
-    lines, trainings = told(tmp_path, {"seeds": [0]}, methods=methods, training=training, claims=[])
+    lines, found = swept(tmp_path, {"seeds": [0]}, methods=methods, training=training, claims=[])
+    trainings = found.tables["trainings"]
+    for statement in found.statements:
+        assert "Broken: no trainings with numbers (not measured)" in statement.numbers
     assert any("Broken, seed 0 failed: DivergenceError" in line for line in lines)
     assert trainings[trainings.method == "Broken"].error.str.contains("DivergenceError").all()
     assert trainings[trainings.method == "Normal"].FGSM.notna().all()
@@ -240,6 +249,8 @@ def test_a_training_that_fails_is_told_and_left_out(tmp_path):
         ({"sizes": [60, 60]}, {}, "sizes: expected two or more different numbers"),
         ({"sizes": [0, 60]}, {}, "sizes: expected two or more different numbers"),
         ({"classifiers": {}}, {}, "classifiers: expected at least one"),
+        ({"classifiers": {"a b": "mlp", "A-b": "mlp"}}, {}, "classifiers: .* found 'A-b' beside 'a b'"),
+        ({"classifiers": {"Held out": "mlp"}}, {}, "found 'Held out' beside 'held out'"),
         ({"steps": 0}, {}, "steps: expected at least 1"),
         ({"tolerance": -1}, {}, "tolerance: expected a number >= 0"),
         ({"confidence": 1}, {}, r"confidence: expected a number in \(0, 1\)"),
@@ -255,6 +266,26 @@ def test_a_training_that_fails_is_told_and_left_out(tmp_path):
 def test_wrong_settings(tmp_path, analysis, changes, message):
     with pytest.raises(ConfigError, match=message):
         told(tmp_path, analysis, **changes)
+
+
+def test_more_error_images_than_there_are_are_noticed_before_any_training(tmp_path):
+    shades = np.random.default_rng(0).integers(0, 255, (70, 8, 8), dtype=np.uint8)
+    for number, pixels in enumerate(shades):
+        folder = tmp_path / "images" / ("test" if number < 10 else "train") / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    dataset = {"type": "imagefolder", "folder": str(tmp_path / "images"), "grey": True}
+    changes = {"dataset": {**dataset, "train": 60, "test": 6}, "methods": {"Normal": "normal"}}
+    attacks = {
+        "threats": {"image": EXPERIMENT["threats"]["image"]},
+        "attacks": {"FGSM": {"type": "fgsm", "threat": "image"}},
+        "claims": [],
+    }
+    settings = {"sizes": [40, 60], "error_images": 11}
+    message = "analysis: error_images: dataset.test: imagefolder has 10 images, 11 are asked for"
+    with pytest.raises(ConfigError, match=message):
+        told(tmp_path, settings, **changes, **attacks)
+    assert not list(tmp_path.glob("experiment/store/training/*"))
 
 
 PLACES = [(100, 0.4), (100, 0.42), (200, 0.3), (200, 0.28), (400, 0.1), (400, 0.12)]
@@ -280,8 +311,11 @@ def relations(slopes: dict[str, float], noise: float = 0.01) -> dict[str, Relati
         ({"Normal": 0.8, "AT": 0.5}, 0.01, "holds", "holds"),
         ({"Normal": 0.8, "AT": -0.5}, 0.01, "does not hold", "does not hold"),
         ({"Normal": 0.8, "AT": 0.0}, 0.2, "within noise", "within noise"),
-        # A constant rate says nothing of a correlation, and does not rise.
-        ({"Normal": 0.0}, 0.0, "not measured", "holds"),
+        # A constant rate says nothing, neither of a correlation nor of what rises.
+        ({"Normal": 0.0}, 0.0, "not measured", "not measured"),
+        # One method that is not measured keeps a claim of all from holding, but does not save it.
+        ({"Normal": 0.0, "AT": 0.8}, 0.0, "not measured", "not measured"),
+        ({"Normal": 0.0, "AT": -0.5}, 0.0, "does not hold", "does not hold"),
         # It rises by less than is tolerated.
         ({"Normal": -0.05}, 0.0, "does not hold", "holds"),
     ],
@@ -300,8 +334,40 @@ def test_the_pooled_relation_does_not_decide():
     assert essentially_generalisation("PGD", {"Normal": rising, POOLED: falling}).verdict == "holds"
 
 
-def test_numbers_at_the_ceiling_say_so():
-    found = relations({"Normal": 0.0}, 0.0)
-    ones = {"Normal": replace(found["Normal"], rates=np.ones(6))}
-    assert "at the ceiling" in not_contradicting("PGD", ones, 0.1).numbers
-    assert "at the ceiling" not in not_contradicting("PGD", found, 0.1).numbers
+def of_rates(rates: list[float]) -> dict[str, Relation]:
+    rows = [
+        {"method": "Normal", "size": size, "test_error": error, "PGD": rate}
+        for (size, error), rate in zip(PLACES, rates, strict=False)
+    ]
+    return relate(pd.DataFrame(rows), "PGD", resamples=200)
+
+
+@pytest.mark.parametrize(
+    ("rates", "reason"),
+    [
+        ([1.0] * 6, "always 100 % fooled, at the ceiling (not measured)"),
+        ([0.99, 1.0, 0.995, 0.995, 1.0, 1.0], "99 to 100 % fooled, all at the ceiling (not measured)"),
+        ([0.5] * 6, "always 50 % fooled (not measured)"),
+        ([0.0] * 6, "always 0 % fooled (not measured)"),
+        ([0.5, 0.6], "2 trainings with numbers, too few (not measured)"),
+    ],
+)  # fmt: skip
+def test_rates_that_could_not_rise_measure_nothing_and_say_why(rates, reason):
+    statement = not_contradicting("PGD", of_rates(rates), 0.1)
+    assert statement.verdict == "not measured"
+    assert f"Normal: {reason}" in statement.numbers
+
+
+def test_rates_that_reach_the_ceiling_from_below_are_measured():
+    rising = not_contradicting("PGD", of_rates([0.5, 0.52, 0.7, 0.69, 0.98, 1.0]), 0.1)
+    assert rising.verdict == "does not hold"
+
+
+def test_a_method_whose_trainings_failed_is_not_left_out_of_a_claim_of_all():
+    found = relations({"Normal": 0.8})
+    for statement in (
+        essentially_generalisation("PGD", found, ["Normal", "AT"]),
+        not_contradicting("PGD", found, 0.1, ["Normal", "AT"]),
+    ):
+        assert statement.verdict == "not measured"
+        assert "AT: no trainings with numbers" in statement.numbers

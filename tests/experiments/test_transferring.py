@@ -130,6 +130,10 @@ def test_a_choice_of_methods_seeds_and_attacks_of_what_the_target_sees(tmp_path)
         ({"base": "source"}, "base"),
         ({"attacks": ["PGD"]}, "analysis: attacks: unknown attack 'PGD'"),
         ({"methods": ["X"]}, "Unknown method 'X'"),
+        (
+            {"seeds": [0, 5]},
+            r"analysis: expected seeds of the experiment, \[0, 1\], found 5",
+        ),
         ({"seeds": []}, "seeds: expected at least one, found none"),
         ({"methods": ["AT"], "seeds": [0]}, "expected two or more classifiers, found one"),
     ],

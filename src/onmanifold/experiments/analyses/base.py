@@ -119,11 +119,18 @@ class Workplace:
 
         Args:
             methods: Which; None: all.
-            seeds: Which; None: all.
+            seeds: Which of the experiment's; None: all.
 
         Raises:
+            ConfigError: Unknown method, or a seed that the experiment does not have.
             OnManifoldError: A training failed.
         """
+        own = self.experiment.setup.experiment.seeds
+        for seed in seeds or ():
+            if seed not in own:
+                raise ConfigError(
+                    f"analysis: expected seeds of the experiment, {list(own)}, found {seed}."
+                )
         jobs = train_only(self.experiment, methods, seeds)
         for job in jobs:
             if job.error:

@@ -28,7 +28,14 @@ from onmanifold.experiments.analyses.generalisation_claims import (
     essentially_generalisation,
     not_contradicting,
 )
-from onmanifold.experiments.analyses.sweep_parts import FACTS, Grid, HeldOut, measure, transferred
+from onmanifold.experiments.analyses.sweep_parts import (
+    FACTS,
+    Grid,
+    HeldOut,
+    load_error_images,
+    measure,
+    transferred,
+)
 from onmanifold.experiments.runner import run_all
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import nearest
@@ -123,9 +130,11 @@ class Generalisation(Analysis):
         )
         parts = list(grid.parts(place))
         kinds = self._kinds(parts[0].session.setup.attacks)
+        # Before anything is trained: there may be fewer images than are asked for.
+        more = None if self.error_images is None else load_error_images(place, self.error_images)
         source = None if self.held_out is None else grid.held_out(place, self.held_out)
         jobs = run_all([part.session for part in parts], self.jobs, place.device)
-        trainings = measure(place, parts, jobs, self.error_images, source)
+        trainings = measure(parts, jobs, more, source)
         if source is not None:
             kinds = kinds.with_transferred()
         relations = {
@@ -142,7 +151,7 @@ class Generalisation(Analysis):
                 "slopes": _joined(relations, slopes_table),
             },
             drawings=self._draw(place, trainings, relations, kinds),
-            statements=self._judge(relations, kinds),
+            statements=self._judge(trainings, relations, kinds),
         )
 
     def _kinds(self, attacks: Mapping[str, Attack]) -> _Kinds:
@@ -169,14 +178,17 @@ class Generalisation(Analysis):
             )
         return _Kinds(*kinds)
 
-    def _judge(self, relations: Relations, kinds: _Kinds) -> list[Statement]:
+    def _judge(
+        self, trainings: pd.DataFrame, relations: Relations, kinds: _Kinds
+    ) -> list[Statement]:
         statements = []
+        methods = tuple(dict.fromkeys(trainings.method))
         for key, found in relations.items():
             label = _label(key, relations)
             if key[1] in kinds.on_manifold:
-                statements.append(essentially_generalisation(label, found))
+                statements.append(essentially_generalisation(label, found, methods))
             if key[1] in kinds.regular:
-                statements.append(not_contradicting(label, found, self.tolerance))
+                statements.append(not_contradicting(label, found, self.tolerance, methods))
         return statements
 
     def _draw(

@@ -28,6 +28,7 @@ FACTS = ("classifier", "method", "size", "seed", "epochs", "test_error", "error"
 """Columns beside those of the attacks."""
 
 _TRANSFERRED = ", transferred"
+_HELD_OUT = "held out"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,17 @@ class Grid:
     attacks: Mapped | None = None
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        # Each network has a folder of its own, and so has the training apart.
+        folders = {slug(_HELD_OUT): _HELD_OUT}
+        for name in self.classifiers or ():
+            other = folders.setdefault(slug(name), name)
+            if other != name:
+                raise ConfigError(
+                    "analysis: classifiers: expected names that differ in letters or digits, found "
+                    f"{name!r} beside {other!r}: both stand for the folder {slug(name)!r}."
+                )
+
     def parts(self, place: Workplace) -> Iterator[Part]:
         """The experiment once for each network and size, all with its store, which shares what is equal."""
         content = self._content(place)
@@ -100,10 +112,10 @@ class Grid:
             )
         methods = {source.method: content["methods"][source.method]}
         content = {**content, "methods": methods, "seeds": [source.seed]}
-        part = self._open(place, content, "held out", source.size)
+        part = self._open(place, content, _HELD_OUT, source.size)
         (job,) = train_only(part.session, None, None)
         if job.error:
-            raise OnManifoldError(f"held out, {job.method}: {job.error}")
+            raise OnManifoldError(f"{_HELD_OUT}, {job.method}: {job.error}")
         return part, job
 
     def _content(self, place: Workplace) -> Mapped:
@@ -146,20 +158,31 @@ class Grid:
         return max(training.epochs, -(-(self.steps or 0) // batches))
 
 
+def load_error_images(place: Workplace, count: int) -> Dataset:
+    """The test images on which test error is measured, where they are not those that are attacked.
+
+    Raises:
+        ConfigError: The test set has fewer.
+    """
+    spec = place.experiment.setup.experiment.dataset
+    try:
+        return load_split(replace(spec, test=count), "test")
+    except ConfigError as error:
+        raise ConfigError(f"analysis: error_images: {error}") from error
+
+
 def measure(
-    place: Workplace,
     parts: Sequence[Part],
     jobs: Sequence[Sequence[Trained]],
-    error_images: int | None,
+    more: Dataset | None,
     source: tuple[Part, Trained] | None,
 ) -> pd.DataFrame:
     """Test error and success rates of all trainings.
 
     Args:
-        place: Where the experiment is.
         parts: From `Grid.parts`.
         jobs: The finished runs of each.
-        error_images: Test images on which test error is measured; None: those that are attacked.
+        more: From `load_error_images`: images on which test error is measured; None: those that are attacked.
         source: From `Grid.held_out`: its adversarial examples are tried too; None: there is none.
 
     Returns:
@@ -170,10 +193,6 @@ def measure(
     Raises:
         OnManifoldError: All trainings failed.
     """
-    more = None
-    if error_images is not None:
-        spec = place.experiment.setup.experiment.dataset
-        more = load_split(replace(spec, test=error_images), "test")
     shown = None if source is None else _Shown.of(*source)
     rows = []
     for part, own in zip(parts, jobs, strict=True):

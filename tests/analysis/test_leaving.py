@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from onmanifold.analysis.leaving import measure_leaving
-from onmanifold.analysis.successful import attack_successfully, right_ones
+from onmanifold.analysis.successful import NothingRightError, attack_successfully, right_ones
 from onmanifold.attacks import PGD, CarliniWagner
 from onmanifold.data.dataset import Batch
 from onmanifold.foundation.errors import InputError
@@ -114,6 +114,29 @@ def test_on_manifold_examples_know_their_codes(plane, scene):
     torch.testing.assert_close(found.smaller[0], tenth)
 
 
+def test_codes_that_are_not_the_images_own_are_not_believed(plane, scene):
+    classifier, batch, _ = scene
+    own = batch.codes[batch.indices % 10 > 0]
+    # Those of a fifth of the images are another manifold's, then those of all.
+    mixed = batch.codes.clone()
+    mixed[::5] = 0.3
+    for codes in (mixed, batch.codes.flip(0)):
+        kept = right_ones(classifier, plane, batch._replace(codes=codes))
+        torch.testing.assert_close(kept.codes, own)
+        torch.testing.assert_close(plane.decode(kept.codes), kept.images)
+
+
+def test_codes_that_a_manifold_refuses_are_not_believed(plane, scene, monkeypatch):
+    classifier, batch, _ = scene
+
+    def refuse(codes):
+        raise InputError("codes: there is no such font.")
+
+    monkeypatch.setattr(plane, "decode", refuse)
+    kept = right_ones(classifier, plane, batch)
+    torch.testing.assert_close(kept.codes, batch.codes[batch.indices % 10 > 0])
+
+
 def test_wrong_input(plane, scene):
     classifier, batch, train = scene
     with pytest.raises(InputError, match="attacks: expected some"):
@@ -121,5 +144,5 @@ def test_wrong_input(plane, scene):
     with pytest.raises(InputError, match="none named 'clean'"):
         measure_leaving(classifier, plane, batch, {"clean": PGD(ImageBall())}, train)
     wrong = batch._replace(labels=1 - classifier(batch.images).argmax(1))
-    with pytest.raises(InputError, match="it gets no image right"):
+    with pytest.raises(NothingRightError, match="it gets no image right"):
         measure_leaving(classifier, plane, wrong, {"PGD": PGD(ImageBall())}, train)

@@ -10,9 +10,20 @@ import torch
 from onmanifold.analysis.leaving import Leaving
 from onmanifold.analysis.successful import Successful
 from onmanifold.data.dataset import Batch
-from onmanifold.experiments.analyses.leaving_results import judge, separation_table, success_table
+from onmanifold.experiments.analyses import leaving as leaving_module
+from onmanifold.experiments.analyses import validity as validity_module
+from onmanifold.experiments.analyses.leaving import first_images
+from onmanifold.experiments.analyses.leaving_results import (
+    judge,
+    separation_table,
+    success_table,
+    tangent_table,
+)
 from onmanifold.experiments.analyses.run import load_analysis, run_analysis
+from onmanifold.experiments.setup import prepare
+from onmanifold.experiments.spec import load_experiment
 from onmanifold.foundation.errors import ConfigError
+from onmanifold.foundation.registry import MANIFOLDS
 from onmanifold.manifolds import FontsManifold
 from onmanifold.reports.drawings.leaving import draw_angles, draw_distances
 from onmanifold.reports.drawings.validity import Example, draw_examples
@@ -90,6 +101,64 @@ def test_validity_of_letters(tmp_path):
     assert (examples.label != examples.prediction).all()
     assert (examples.label != examples.other_class).all()
     assert set(found.drawings) == {"examples_1"}
+    # Of the clean images nothing is said about any classifier.
+    assert np.isnan(table.loc["clean", "right when clean"])
+    assert table.loc["OM-PGD", "right when clean"] <= 4
+
+
+class Stubborn(torch.nn.Module):
+    """Sees the last class, which none of the first images is of."""
+
+    def forward(self, images):
+        return torch.nn.functional.one_hot(torch.full((len(images),), 9), 10) + 0 * images.sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "module"),
+    [
+        (
+            {
+                "type": "leaving_the_manifold",
+                "images": 8,
+                "judged": 0,
+                "neighbours": 5,
+                "projection": {"steps": 5, "restarts": 0},
+            },
+            leaving_module,
+        ),
+        ({"type": "validity", "images": 3, "examples": 2}, validity_module),
+    ],
+)
+def test_one_useless_classifier_does_not_end_the_others(tmp_path, monkeypatch, settings, module):
+    methods, load = {"methods": {"Useless": "normal", "Normal": "normal"}}, module.load_classifier
+    turns = iter([lambda path: Stubborn(), load])
+    monkeypatch.setattr(module, "load_classifier", lambda path: next(turns)(path))
+    found = run_analysis(spec(settings, **methods), tmp_path)
+    said = [item for item in found.statements if item.text.startswith("Useless: ")]
+    assert [item.verdict for item in said] == ["not measured"]
+    assert f"none of {settings['images']} test images right" in said[0].numbers
+    assert any(item.text.startswith("Normal: ") for item in found.statements)
+    for table in found.tables.values():
+        assert set(table.classifier) <= {"", "Normal"}
+        assert "Normal" in set(table.classifier)
+    monkeypatch.setattr(module, "load_classifier", lambda path: Stubborn())
+    found = run_analysis(spec(settings, **methods), tmp_path)
+    assert [item.verdict for item in found.statements] == ["not measured"] * 2
+    assert found.drawings == {}
+
+
+def test_codes_of_the_data_are_not_taken_for_another_manifolds():
+    setup = prepare(load_experiment(TINY))
+    own = first_images(setup, setup.manifold, 3, torch.device("cpu"))
+    assert own.codes.equal(setup.test.codes[:3])
+    # As many columns: seven latents and the class; eight of another variant of the letters.
+    ppca = {"type": "ppca", "image_shape": [1, 28, 28], "num_classes": 10, "latent_size": 7}
+    easy = load_experiment(TINY | {"dataset": TINY["dataset"] | {"variant": "easy"}})
+    for other in (MANIFOLDS.build(ppca), prepare(easy).manifold):
+        assert other.code_size == own.codes.shape[1]
+        batch = first_images(setup, other, 3, torch.device("cpu"))
+        assert batch.codes is None
+        assert batch.images.equal(own.images)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +166,11 @@ def test_validity_of_letters(tmp_path):
     [
         ({"type": "leaving_the_manifold", "images": 0}, {}, "images: expected at least 1"),
         ({"type": "leaving_the_manifold", "attacks": ["PGT"]}, {}, "Did you mean 'PGD'"),
+        *(
+            ({"type": kind, name: []}, {}, f"{name}: expected at least one, found none")
+            for kind in ("leaving_the_manifold", "validity", "activation_maps", "snapshots")
+            for name in ("methods", "attacks")
+        ),
         ({"type": "validity", "examples": 0}, {}, "examples: expected at least 1"),
         (
             {
@@ -207,6 +281,62 @@ def test_distances_of_a_manifold_that_clean_images_are_off_are_no_measure():
     assert said[text] == "not measured"
 
 
+SHARES = ["share", "share_tenth", "share_hundredth", "angle"]
+FIRST_ORDER = "to first order OM-PGD moves along the manifold"
+LESS = "perturbations by PGD lie less along the manifold than a random direction"
+
+
+def without_shares(leaving, kind, rows):
+    """As if these examples of a kind had not moved."""
+    images = leaving.images.copy()
+    places = images.index[images.kind == kind][rows]
+    images.loc[places, SHARES] = np.nan
+    return replace(leaving, images=images)
+
+
+def test_moves_of_length_zero_have_no_share_and_do_not_count():
+    leaving = made_up(share=0.001, distance=0.99)
+    part = without_shares(leaving, "OM-PGD", slice(0, 3))
+    statement = next(item for item in judge("X", part, {}) if FIRST_ORDER in item.text)
+    assert statement.verdict == "holds"
+    assert "on 27 (of 30; the others have no direction) examples" in statement.numbers
+    row = tangent_table({"X": part}).set_index("kind").loc["OM-PGD"]
+    shares = part.images[part.images.kind == "OM-PGD"].share
+    assert (row.vectors, row["with a share"]) == (30, 27)
+    assert row.share == pytest.approx(shares.dropna().mean())
+    assert row.low < row.share
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_what_has_too_few_shares_is_not_measured(left):
+    leaving = made_up(share=0.001, distance=0.99)
+    for kind, text in (("OM-PGD", FIRST_ORDER), ("PGD", LESS)):
+        few = without_shares(leaving, kind, slice(left, None))
+        statement = next(item for item in judge("X", few, {}) if text in item.text)
+        assert statement.verdict == "not measured"
+        assert f"{left} of 30 vectors" in statement.numbers
+        row = tangent_table({"X": few}).set_index("kind").loc[kind]
+        assert (row["with a share"], row.low, row.high) == (left, 0, 1)
+        assert np.isnan(row.share) == (left == 0)
+
+
+def test_intervals_of_shares_stay_shares():
+    leaving = made_up(share=0.001, distance=0.99)
+    images = leaving.images.copy()
+    for kind, most, rest in (("PGD", 0.0, 0.03), ("OM-PGD", 1.0, 0.97)):
+        places = images.index[images.kind == kind]
+        images.loc[places, SHARES[:3]] = most
+        images.loc[places[:1], SHARES[:3]] = rest
+    leaving = replace(leaving, images=images)
+    table = tangent_table({"X": leaving}).set_index("kind")
+    assert table.loc["PGD", "low"] == 0 < table.loc["PGD", "share"] < table.loc["PGD", "high"]
+    assert table.loc["OM-PGD", "high"] == 1 > table.loc["OM-PGD", "share"]
+    numbers = next(item.numbers for item in judge("X", leaving, {}) if FIRST_ORDER in item.text)
+    assert numbers.count(", 100.00]") == 3
+    numbers = next(item.numbers for item in judge("X", leaving, {}) if LESS in item.text)
+    assert "[0.00, 0." in numbers
+
+
 def test_tables_of_what_was_measured():
     leaving = made_up(share=0.001, distance=0.99)
     areas = separation_table({"X": leaving}).set_index(["distance", "kind", "against"])
@@ -243,6 +373,17 @@ def test_pictures_show_each_kind_once():
         "OM-PGD, a hundredth",
     ]
     assert drawn.axes[0].lines[0].get_xdata()[0] == pytest.approx(84.26, abs=0.01)
+
+
+def test_what_was_not_measured_is_not_drawn():
+    leaving = made_up(share=0.001, distance=0.99)
+    clean = leaving.images[leaving.images.kind == "clean"]
+    assert draw_distances({"A": clean}, "step_to_neighbours", "distance") is None
+    assert draw_angles({"A": clean}, {"A": leaving.directions[:0]}, 0.01) is None
+    drawn = leaving_module._drawings(
+        {"A": replace(leaving, images=clean, directions=leaving.directions[:0])}, "fonts"
+    )
+    assert set(drawn) == {"to_manifold", "to_neighbours"}
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -89,7 +89,7 @@ def measure_leaving(
     Args:
         classifier: Images to logits; left as it is.
         manifold: The generator.
-        batch: Test images with labels, and their codes where they are known.
+        batch: Test images with labels, and their codes where they are known to be this manifold's.
         attacks: By name; those on a `LatentBall` move along the manifold, all others are regular.
         train_images: (N, C, H, W) in [0, 1], for the distance by neighbours.
         neighbours: How many of them span the approximated manifold.
@@ -98,6 +98,7 @@ def measure_leaving(
 
     Raises:
         InputError: No attacks, or one whose name is taken.
+        NothingRightError: The classifier gets no image right.
     """
     for name in (CLEAN, RANDOM):
         if name in attacks or not attacks:

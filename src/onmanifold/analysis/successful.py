@@ -16,8 +16,15 @@ from onmanifold.threats.base import Region, Threat, Variables
 from onmanifold.threats.joint import JointBall
 from onmanifold.threats.latent import LatentBall, LatentRegion
 
+# A stored code's image and the image itself may differ by the steps of stored pixels, and by a device's rounding.
+_SAME = 2 / 255
+
 FRACTIONS = (0.1, 0.01)
 """Of an on-manifold perturbation in latent space: where its image is looked at too."""
+
+
+class NothingRightError(InputError):
+    """A classifier gets no image right, so that there is nothing to attack."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +48,43 @@ class Successful:
 
 
 def right_ones(classifier: nn.Module, manifold: Manifold, batch: Batch) -> Batch:
-    """The images that a classifier gets right, with codes on the manifold: their own if they fit, or ``encode``'s.
+    """The images that a classifier gets right, with codes on the manifold: their own, or else ``encode``'s.
+
+    Args:
+        classifier: Left as it is.
+        manifold: Whose codes are wanted.
+        batch: With codes where they are known to be this manifold's. On an exact one they are looked at too: a
+            code that does not reproduce its image is not the image's, which is encoded.
 
     Raises:
-        InputError: There are none.
+        NothingRightError: There are none.
     """
     with torch.no_grad(), untouched(classifier):
         right = classifier(batch.images).argmax(1) == batch.labels
     if not bool(right.any()):
-        raise InputError("classifier: it gets no image right.")
-    images, labels, codes = batch.images[right], batch.labels[right], batch.codes
-    if codes is not None and codes.shape[1] == manifold.code_size:
-        codes = codes[right]
-    else:
-        with torch.no_grad():
-            codes = manifold.to(images.device).encode(images, labels).detach()
-    return Batch(images, labels, codes, batch.indices[right])
+        raise NothingRightError("classifier: it gets no image right.")
+    images, labels = batch.images[right], batch.labels[right]
+    stored = None if batch.codes is None else batch.codes[right]
+    with torch.no_grad():
+        codes = _codes_of(manifold.to(images.device), images, labels, stored)
+    return Batch(images, labels, codes.detach(), batch.indices[right])
+
+
+def _codes_of(manifold: Manifold, images: Tensor, labels: Tensor, stored: Tensor | None) -> Tensor:
+    """The stored codes where they are the images' own, elsewhere what the manifold finds."""
+    if stored is None or stored.shape[1] != manifold.code_size:
+        return manifold.encode(images, labels)
+    if not manifold.exact:
+        return stored
+    try:
+        apart = (manifold.decode(stored) - images).abs().flatten(1).amax(1)
+    except InputError:  # such as the number of a font that there is not: codes of another manifold
+        return manifold.encode(images, labels)
+    other = ~(apart <= _SAME)
+    codes = stored.clone()
+    if bool(other.any()):
+        codes[other] = manifold.encode(images[other], labels[other]).to(codes)
+    return codes
 
 
 def attack_successfully(

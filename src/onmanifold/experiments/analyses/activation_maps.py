@@ -82,6 +82,7 @@ class ActivationMaps(Analysis):
 
     def __post_init__(self) -> None:
         self._at_least(images=2, shown=1, batch_size=1)
+        self._not_empty("methods", "attacks")
         if self.foreground is not None and not 0 <= self.foreground < 1:
             raise ConfigError(f"foreground: expected a number in [0, 1), found {self.foreground}.")
 

@@ -151,6 +151,13 @@ class Analysis(Component, ABC):
             if found is not None and found < limit:
                 raise ConfigError(f"{name}: expected at least {limit}, found {found}.")
 
+    def _not_empty(self, *names: str) -> None:
+        """Raises ConfigError where a field is a selection of nothing; None, which selects all, is none."""
+        for name in names:
+            found = getattr(self, name)
+            if found is not None and not found:
+                raise ConfigError(f"{name}: expected at least one, found none.")
+
     @abstractmethod
     def run(self, place: Workplace) -> Findings:
         """Measure, judge and draw."""

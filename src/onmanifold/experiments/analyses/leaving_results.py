@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +86,17 @@ def separation_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
 
 
 def tangent_table(measured: Mapping[str, Leaving]) -> pd.DataFrame:
-    """Mean tangent shares with Student's intervals, and median angles in degrees."""
+    """Mean tangent shares with Student's intervals cut to [0, 1], and median angles in degrees.
+
+    Vectors of length 0 have no share; "with a share" says how many have one.
+    """
     rows = []
     for method, leaving in measured.items():
         parts = pd.concat([leaving.images[leaving.images.kind != CLEAN], leaving.directions])
         for kind, part in parts.groupby("kind", sort=False):
-            mean = mean_interval(part.share.to_numpy())
+            mean = _mean_share(part.share)
             row = {"classifier": method, "kind": kind, "vectors": len(part)}
+            row["with a share"] = mean.runs
             row |= {"share": mean.mean, "low": mean.low, "high": mean.high}
             row["angle"] = float(part.angle.median())
             for column in ("share_tenth", "share_hundredth"):
@@ -164,33 +168,36 @@ def _less_than_random(text: str, leaving: Leaving, part: pd.DataFrame, source: s
     both = part.merge(random, on="sample", suffixes=("", "_random")).dropna(
         subset=["share", "share_random"]
     )
-    own, other = _mean(both.share), _mean(both.share_random)
-    less = mean_interval((both.share_random - both.share).to_numpy())
+    if len(both) < 2:
+        return Statement(text, _too_few(len(both), len(part)), "not measured", source)
+    own, other = _mean_share(both.share), _mean_share(both.share_random)
+    less = _cut(mean_interval((both.share_random - both.share).to_numpy()), -1.0)
     numbers = (
         f"Mean tangent share {_percent(own)}, of a random direction {_percent(other)} "
-        f"(rank over pixels {100 * leaving.rank / leaving.pixels:.2f} %), on {len(both)} images; "
+        f"(rank over pixels {100 * leaving.rank / leaving.pixels:.2f} %), on {_of(len(both), len(part))} images; "
         f"difference {100 * less.mean:.2f} [{100 * less.low:.2f}, {100 * less.high:.2f}] points."
     )
     return Statement(text, numbers, verdict(less.low, less.high), source)
 
 
 def _tangent(method: str, leaving: Leaving, name: str) -> Statement:
-    part = leaving.images[leaving.images.kind == name]
-    whole, tenth, hundredth = (
-        _mean(part[column]) for column in ("share", "share_tenth", "share_hundredth")
-    )
-    numbers = (
-        f"Mean tangent share {_percent(whole)} of the whole move, {_percent(tenth)} of a tenth of it and "
-        f"{_percent(hundredth)} of a hundredth, on {whole.runs} examples. Holds above "
-        f"{100 * _TANGENT:.0f} % at a hundredth."
-    )
-    text = f"{method}: to first order {name} moves along the manifold"
-    return Statement(
-        text,
-        numbers,
-        verdict(hundredth.low - _TANGENT, hundredth.high - _TANGENT),
+    columns = ["share", "share_tenth", "share_hundredth"]
+    every = leaving.images[leaving.images.kind == name]
+    part = every.dropna(subset=columns)
+    text, source = (
+        f"{method}: to first order {name} moves along the manifold",
         "Disentangling, section 3.3",
     )
+    if len(part) < 2:
+        return Statement(text, _too_few(len(part), len(every)), "not measured", source)
+    whole, tenth, hundredth = (_mean_share(part[column]) for column in columns)
+    numbers = (
+        f"Mean tangent share {_percent(whole)} of the whole move, {_percent(tenth)} of a tenth of it and "
+        f"{_percent(hundredth)} of a hundredth, on {_of(len(part), len(every))} examples. Holds above "
+        f"{100 * _TANGENT:.0f} % at a hundredth."
+    )
+    outcome = verdict(hundredth.low - _TANGENT, hundredth.high - _TANGENT)
+    return Statement(text, numbers, outcome, source)
 
 
 def _further(method: str, leaving: Leaving, regular: str, name: str, measure: str) -> Statement:
@@ -232,6 +239,12 @@ def label_statement(method: str, name: str, good: int, judged: int, known: bool)
     return Statement(text, numbers, outcome, "Disentangling, definition 1")
 
 
+def nothing_right(method: str, claim: str, images: int) -> Statement:
+    """What is said of a classifier that gets no image right, so that there is nothing to attack."""
+    numbers = f"The classifier gets none of {images} test images right: there is nothing to attack."
+    return Statement(f"{method}: {claim}", numbers, "not measured", _SOURCE)
+
+
 def _separation(leaving: Leaving, measure: str, kind: str, other: str) -> Separation:
     first, second = (leaving.images[leaving.images.kind == name] for name in (kind, other))
     # Distances that the search takes for none are equal: how far it came says nothing of the images.
@@ -265,8 +278,27 @@ def _median_interval(values: Floats) -> tuple[float, float]:
     )
 
 
-def _mean(values: Sequence[float] | pd.Series) -> Estimate:
-    return mean_interval(np.asarray(values, dtype=np.float64))
+def _mean_share(values: pd.Series) -> Estimate:
+    """The mean of those that there are, its interval cut to what a share can be; NaN and [0, 1] of none."""
+    numbers = values.dropna().to_numpy(dtype=np.float64)
+    if not len(numbers):
+        return Estimate(math.nan, 0.0, 1.0, math.nan, 0)
+    return _cut(mean_interval(numbers), 0.0)
+
+
+def _cut(estimate: Estimate, least: float) -> Estimate:
+    """Student's interval knows no bounds; the ends that are shown and judged stay in [least, 1]."""
+    low, high = (min(max(end, least), 1.0) for end in (estimate.low, estimate.high))
+    return estimate._replace(low=low, high=high)
+
+
+def _of(count: int, every: int) -> str:
+    """How many have a share, and of how many where some do not."""
+    return str(count) if count == every else f"{count} (of {every}; the others have no direction)"
+
+
+def _too_few(count: int, every: int) -> str:
+    return f"{count} of {every} vectors have a direction, and so a tangent share; two are needed."
 
 
 def _percent(mean: Estimate) -> str:

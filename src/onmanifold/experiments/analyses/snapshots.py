@@ -61,6 +61,7 @@ class Snapshots(Analysis):
 
     def __post_init__(self) -> None:
         self._at_least(images=2)
+        self._not_empty("methods", "attacks")
 
     def run(self, place: Workplace) -> Findings:
         setup = place.experiment.setup

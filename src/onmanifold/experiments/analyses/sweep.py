@@ -115,9 +115,7 @@ class Generalisation(Analysis):
             raise ConfigError(
                 f"sizes: expected two or more different numbers of images, found {list(self.sizes)}."
             )
-        for name in ("classifiers", "methods", "seeds", "attacks"):
-            if getattr(self, name) is not None and not getattr(self, name):
-                raise ConfigError(f"{name}: expected at least one, found none.")
+        self._not_empty("classifiers", "methods", "seeds", "attacks")
         self._at_least(steps=1, error_images=1, jobs=1)
         if not self.tolerance >= 0:
             raise ConfigError(f"tolerance: expected a number >= 0, found {self.tolerance}.")

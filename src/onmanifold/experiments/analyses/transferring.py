@@ -66,9 +66,7 @@ class TransferAnalysis(Analysis):
     def __post_init__(self) -> None:
         if self.base not in get_args(Base):
             raise ConfigError(f"base: expected 'target' or 'both', found {self.base!r}.")
-        for name in ("methods", "seeds", "attacks"):
-            if getattr(self, name) is not None and not getattr(self, name):
-                raise ConfigError(f"{name}: expected at least one, found none.")
+        self._not_empty("methods", "seeds", "attacks")
 
     def run(self, place: Workplace) -> Findings:
         session = place.experiment

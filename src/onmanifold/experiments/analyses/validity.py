@@ -12,7 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from onmanifold.analysis.successful import Successful, attack_successfully, right_ones
+from onmanifold.analysis.successful import (
+    NothingRightError,
+    Successful,
+    attack_successfully,
+    right_ones,
+)
 from onmanifold.analysis.validity import LabelCheck, check_label, nearest_of_class
 from onmanifold.attacks import Attack
 from onmanifold.classifiers import load_classifier
@@ -29,8 +34,12 @@ from onmanifold.experiments.analyses.base import (
     Statement,
     Workplace,
 )
-from onmanifold.experiments.analyses.leaving import knows_classes
-from onmanifold.experiments.analyses.leaving_results import label_statement, share_columns
+from onmanifold.experiments.analyses.leaving import first_images, knows_classes
+from onmanifold.experiments.analyses.leaving_results import (
+    label_statement,
+    nothing_right,
+    share_columns,
+)
 from onmanifold.experiments.setup import chosen_attacks
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.manifolds.base import Manifold
@@ -81,6 +90,7 @@ class Validity(Analysis):
 
     def __post_init__(self) -> None:
         self._at_least(images=1, examples=1)
+        self._not_empty("methods", "attacks")
         if self.judge is not None and not knows_classes(self.judge):
             raise ConfigError(f"judge: the codes of {self.judge.name} hold no class.")
 
@@ -92,14 +102,21 @@ class Validity(Analysis):
                 f"judge: expected a manifold with one for each class; the codes of {manifold.name} hold none."
             )
         attacks = self._attacks(setup.attacks)
-        batch = setup.test.batch(torch.arange(min(self.images, len(setup.test))), device)
+        batch = first_images(setup, manifold, self.images, device)
         place.say(f"Labels of {len(batch.labels)} clean images")
         clean = check_label(manifold.to(device), batch.images, batch.labels, indices=batch.indices)
         seed = setup.experiment.seeds[0] if self.seed is None else self.seed
         judged: list[_Judged] = []
+        left_out: list[Statement] = []
         for job in place.trained(self.methods, [seed]):
             classifier = load_classifier(job.classifier).to(device)
-            kept = right_ones(classifier, manifold, batch)
+            try:
+                kept = right_ones(classifier, manifold, batch)
+            except NothingRightError:
+                claim = "on-manifold adversarial examples keep their label"
+                left_out.append(nothing_right(job.method, claim, len(batch.labels)))
+                place.say(f"{job.method}: {left_out[-1].numbers}")
+                continue
             for name, attack in attacks.items():
                 found = attack_successfully(classifier, attack, kept, manifold)
                 place.say(f"{job.method}, {name}: labels of {len(found.rows)} examples")
@@ -109,15 +126,14 @@ class Validity(Analysis):
                     seen = classifier.eval()(found.images).argmax(1)
                 judged.append(_Judged(job.method, name, kept, found, seen, check))
         classes = setup.test.classes
+        tables = {"validity": _table(judged, clean)}
+        if judged:
+            tables["examples"] = pd.concat([_rows(each, classes) for each in judged])
         return Findings(
-            tables={
-                "validity": _table(judged, clean),
-                "examples": pd.concat([_rows(each, classes) for each in judged]),
-            },
+            tables=tables,
             drawings=_drawings(judged, manifold, classes, self.examples),
-            statements=[
-                item for each in judged for item in _statements(each, clean, batch.indices)
-            ],
+            statements=[item for each in judged for item in _statements(each, clean, batch.indices)]
+            + left_out,
         )
 
     def _attacks(self, attacks: Mapping[str, Attack]) -> dict[str, Attack]:
@@ -130,13 +146,12 @@ class Validity(Analysis):
 
 
 def _table(judged: list[_Judged], clean: LabelCheck) -> pd.DataFrame:
-    """A row for the clean images, and one for each classifier and attack."""
+    """A row for the clean images, whatever classifiers see in them, and one for each classifier and attack."""
     count = len(clean.kept)
     rows: list[dict[str, object]] = [
         {
             "classifier": "",
             "attack": _CLEAN,
-            "right when clean": count,
             **share_columns("keep by search alone", int(clean.kept_by_search.sum()), count),
             "nearest other class": float(clean.other.median()),
         }
@@ -159,9 +174,11 @@ def _table(judged: list[_Judged], clean: LabelCheck) -> pd.DataFrame:
                 "nearest other class": float(each.check.other.median()) if successful else math.nan,
             }
         )
+    first = ["classifier", "attack"]
     last = ["keep by search alone", "keep by search alone low", "keep by search alone high"]
-    table = pd.DataFrame(rows)
-    return table[[name for name in table.columns if name not in last] + last]
+    table, near = pd.DataFrame(rows), "nearest other class"
+    middle = [name for name in table.columns if name not in (*first, near, *last)]
+    return table[[*first, *middle, near, *last]]
 
 
 def _rows(each: _Judged, classes: tuple[str, ...]) -> pd.DataFrame:

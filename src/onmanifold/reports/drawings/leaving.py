@@ -30,13 +30,16 @@ _LOOKS: dict[str, tuple[str, Any]] = {
 }
 
 
-def draw_distances(images: Mapping[str, pd.DataFrame], measure: str, label: str) -> Figure:
+def draw_distances(images: Mapping[str, pd.DataFrame], measure: str, label: str) -> Figure | None:
     """Normalised histograms of distances: a panel for each classifier, an outline for each kind of images.
 
     Args:
         images: For each classifier a row per image, with columns kind and ``measure``.
         measure: Column that is drawn.
         label: Of the horizontal axis.
+
+    Returns:
+        None where no kind was measured.
     """
     values = {
         name: {
@@ -46,6 +49,8 @@ def draw_distances(images: Mapping[str, pd.DataFrame], measure: str, label: str)
         }
         for name, table in images.items()
     }
+    if not any(values.values()):
+        return None
     every = np.concatenate([row for part in values.values() for row in part.values()])
     top = float(np.quantile(every, _WITHIN)) or 1.0
     return _histograms(values, np.linspace(0, top, _BINS + 1), label)
@@ -55,7 +60,7 @@ def draw_angles(
     images: Mapping[str, pd.DataFrame],
     directions: Mapping[str, pd.DataFrame],
     random_share: float,
-) -> Figure:
+) -> Figure | None:
     """Normalised histograms of angles to the tangent space in degrees: a panel for each classifier.
 
     Args:
@@ -63,6 +68,9 @@ def draw_angles(
             where there is a column share_hundredth, it is drawn as an angle too.
         directions: The same for directions that are no perturbations.
         random_share: Tangent share that a random direction has on average, of which the angle is marked.
+
+    Returns:
+        None where no angle was measured.
     """
     values = {
         name: {
@@ -78,6 +86,8 @@ def draw_angles(
             for kind, part in table.dropna(subset=["share_hundredth"]).groupby("kind", sort=False):
                 shares = part.share_hundredth.to_numpy().clip(0, 1)
                 values[name][f"{kind}, a hundredth"] = np.degrees(np.arccos(np.sqrt(shares)))
+    if not any(values.values()):
+        return None
     mark = math.degrees(math.acos(math.sqrt(random_share))) if random_share >= 0 else None
     label = "angle to the tangent space (degrees)"
     return _histograms(values, np.linspace(0, 90, _BINS + 6), label, mark)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -32,16 +32,9 @@ def essentially_generalisation(
         relations: By method, and `POOLED`, from `relate`.
         methods: All that were tried; those without a relation, because their trainings failed, are not measured.
     """
-    verdicts: list[Verdict] = []
-    words: list[str] = []
-    for name, relation in relations.items():
-        judged, text = _correlated(relation)
-        if name != POOLED:
-            verdicts.append(judged)
-        words.append(f"{name}: {text}")
-    for name in _without(relations, methods):
-        verdicts.append("not measured")
-        words.append(f"{name}: no trainings with numbers (not measured)")
+    verdicts, words = _each(relations, methods, _correlated)
+    if POOLED in relations:
+        words.append(f"{POOLED}: {_correlated(relations[POOLED])[1]}")
     return Statement(
         f"On-manifold robustness is essentially generalisation: under {attack}, the success rate rises with "
         "test error, for each method",
@@ -72,17 +65,7 @@ def not_contradicting(
         tolerance: In points of success rate for each point of test error.
         methods: All that were tried; those without a relation, because their trainings failed, are not measured.
     """
-    verdicts: list[Verdict] = []
-    words: list[str] = []
-    for name, relation in relations.items():
-        if name == POOLED:
-            continue
-        judged, text = _falling(relation, tolerance)
-        verdicts.append(judged)
-        words.append(f"{name}: {text}")
-    for name in _without(relations, methods):
-        verdicts.append("not measured")
-        words.append(f"{name}: no trainings with numbers (not measured)")
+    verdicts, words = _each(relations, methods, lambda relation: _falling(relation, tolerance))
     return Statement(
         f"Regular robustness and generalisation are not contradicting: under {attack}, the success rate of no "
         f"method rises by more than {tolerance:g} points for each point that test error falls",
@@ -92,6 +75,20 @@ def not_contradicting(
         _together(verdicts),
         "Disentangling, section 3.5, figure 6",
     )
+
+
+def _each(
+    relations: Mapping[str, Relation],
+    methods: Sequence[str],
+    judge: Callable[[Relation], tuple[Verdict, str]],
+) -> tuple[list[Verdict], list[str]]:
+    """The verdict on each single method, and the words for it; one without a relation is not measured."""
+    found = {name: judge(relation) for name, relation in relations.items() if name != POOLED}
+    missing: tuple[Verdict, str] = ("not measured", "no trainings with numbers (not measured)")
+    found |= {name: missing for name in methods if name not in found}
+    return [judged for judged, _ in found.values()], [
+        f"{name}: {text}" for name, (_, text) in found.items()
+    ]
 
 
 def _correlated(relation: Relation) -> tuple[Verdict, str]:
@@ -119,10 +116,6 @@ def _falling(relation: Relation, tolerance: float) -> tuple[Verdict, str]:
     judged = verdict(line.low + tolerance, line.high + tolerance)
     text = f"{line.slope:.2f} [{line.low:.2f}, {line.high:.2f}] ({fooled}; {judged})"
     return judged, text
-
-
-def _without(relations: Mapping[str, Relation], methods: Sequence[str]) -> list[str]:
-    return [name for name in methods if name not in relations]
 
 
 def _not_varied(relation: Relation) -> str:

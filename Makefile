@@ -43,8 +43,9 @@ check: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet
 	PYTHON=$(BIN)/python .ci/smoke_wheel
 
+# A process for each processor, and a thread in each: the tests are many and small.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks

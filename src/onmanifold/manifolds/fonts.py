@@ -172,7 +172,7 @@ class FontsManifold(Manifold):
         Datasets of FONTS carry their codes; this is for images from elsewhere. It takes some tenths of a
         second for each, and finds a near image but not always the very font.
         """
-        return identify(self, images, labels)
+        return identify(self, self.num_fonts, self.num_classes, images, labels)
 
     def sample_codes(self, labels: Tensor, seed: int = 0, indices: Tensor | None = None) -> Tensor:
         """Codes of random fonts and transformations, of the classes ``labels`` (B,); see `Manifold`."""

@@ -15,7 +15,8 @@ from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.weights import fill_module, read_module, write_module
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.methods.base import Method, Step
-from onmanifold.training.task import Place, Record, Share, Task, Turn
+from onmanifold.training.share import Share
+from onmanifold.training.task import Place, Record, Task, Turn
 from onmanifold.training.validation import validate
 
 if TYPE_CHECKING:

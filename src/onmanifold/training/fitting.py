@@ -17,7 +17,8 @@ from onmanifold.foundation.pictures import image_grid
 from onmanifold.manifolds.base import Manifold
 from onmanifold.manifolds.factory import load_manifold, save_manifold
 from onmanifold.training.fits.base import Fit, FitStep
-from onmanifold.training.task import Place, Record, Share, Task, Turn
+from onmanifold.training.share import Share
+from onmanifold.training.task import Place, Record, Task, Turn
 
 if TYPE_CHECKING:
     from onmanifold.data.dataset import Dataset

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from onmanifold.data.dataset import Batch
 from onmanifold.foundation import randomness
-from onmanifold.foundation.errors import DataError, DivergenceError, InputError
+from onmanifold.foundation.errors import DivergenceError, InputError
 from onmanifold.training.config import TrainingConfig
 from onmanifold.training.ema import MovingAverage
 from onmanifold.training.guard import Interruption, default_dtype, own_generators, seed_generators
 from onmanifold.training.log import Progress
-from onmanifold.training.optimizers import average_gradients, make_optimizer
+from onmanifold.training.optimizers import make_optimizer
+from onmanifold.training.share import Share
 from onmanifold.training.state import RunFiles, State
-from onmanifold.training.task import Place, Record, Share, Task, Turn
+from onmanifold.training.task import Place, Record, Task, Turn
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -65,7 +66,7 @@ class Training:
     ) -> None:
         self.task, self.config, self.seed, self.fabric = task, config, seed, fabric
         self.files = files
-        self.share = Share(fabric.global_rank, fabric.world_size, self._total)
+        self.share = Share.across(fabric)
         self._take_data(dataset)
         self._take_networks()
         self.state = State()
@@ -206,7 +207,7 @@ class Training:
         # Processes add up their gradients; their shares of a batch may differ in size.
         share, loss = len(mine) / len(positions), torch.zeros((), device=self.fabric.device)
         seed = derive(self.seed, "epoch", state.epoch)
-        place = Place(state.epoch, number, total, seed, share, self._total)
+        place = Place(state.epoch, number, total, seed, share, self.share.total)
         for turn in self.task.turns(batch, place, self.record):
             self._move(turn, share)
             # A loss that several players follow counts once.
@@ -216,7 +217,7 @@ class Training:
                 for name, part in turn.items():
                     self.record.add(f"loss_{name}", part * len(mine), len(mine))
         if self.shared_buffers:
-            self._average_buffers()
+            self.share.average(self.shared_buffers)
         if self.average is not None:
             self.average.update(number + 1)
         self.losses.append(loss * share)
@@ -236,7 +237,7 @@ class Training:
         for name in turn:
             parameters = self.parameters[name]
             if self.share.processes > 1:
-                average_gradients(parameters, self._total)
+                self.share.sum_gradients(parameters)
             if self.config.gradient_clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
             self.optimizers[name].step()
@@ -256,22 +257,6 @@ class Training:
         progress = self.state.epoch + (step + 0.5) / self.steps
         return self.config.learning_rate * self.config.schedule.factor(progress, self.config.epochs)
 
-    @torch.no_grad()
-    def _average_buffers(self) -> None:
-        flat = torch.cat([buffer.flatten() for buffer in self.shared_buffers])
-        flat = flat / self.share.processes
-        parts = torch.split(self._total(flat), [buffer.numel() for buffer in self.shared_buffers])
-        for buffer, part in zip(self.shared_buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
-
-    def _total(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes."""
-        if self.fabric.world_size == 1:
-            return tensor
-        total = self.fabric.all_reduce(tensor.to(self.fabric.device), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total
-
     def _wants_look(self) -> bool:
         """Whether there is something to do before the next look; several processes agree only on looks."""
         return self.share.processes == 1 and (self.interruption.wanted or self._overdue())
@@ -283,7 +268,7 @@ class Training:
     def _look(self) -> None:
         """Add up the steps since the last look, and stop where the loss diverged."""
         state, record = self.state, self.record
-        losses = self._total(torch.stack(self.losses)).tolist()
+        losses = self.share.total(torch.stack(self.losses)).tolist()
         for step, loss in enumerate(losses, start=state.step - len(losses)):
             if not abs(loss) <= self.config.loss_limit:
                 what = "became NaN" if math.isnan(loss) else f"grew to {loss:.4g}"
@@ -291,7 +276,7 @@ class Training:
             state.loss += loss * self.sizes[step]
         for name, summed in sorted(record.sums.items()):
             parts = torch.stack([summed, torch.full_like(summed, record.counts[name])])
-            before, new = state.logged.get(name, (0.0, 0.0)), self._total(parts).tolist()
+            before, new = state.logged.get(name, (0.0, 0.0)), self.share.total(parts).tolist()
             state.logged[name] = [before[0] + new[0], before[1] + new[1]]
         self.losses, self.record = [], Record()
 
@@ -319,7 +304,7 @@ class Training:
 
     def _save_where_due(self) -> None:
         wishes = torch.tensor([self.interruption.wanted, self._overdue()], dtype=torch.int32)
-        interrupted, overdue = self._total(wishes).tolist()
+        interrupted, overdue = self.share.total(wishes).tolist()
         if interrupted or (overdue and self.state.step < self.steps):
             self.save()
         if interrupted:
@@ -354,7 +339,7 @@ class Training:
             self._keep_snapshot(entry)
         if self.files is not None:
             pictures = self.files.directory / "pictures"
-            self._together(
+            self.share.together(
                 lambda: self.task.illustrate(self.kept, self.held_out, pictures, state.epoch)
             )
         if state.epoch % self.config.checkpoint_epochs == 0 or self.finished:
@@ -369,13 +354,13 @@ class Training:
             }
             return
         best = self.files.best
-        self._together(lambda: self.task.keep(self.kept, best, _metadata(entry)))
+        self.share.together(lambda: self.task.keep(self.kept, best, _metadata(entry)))
 
     def _keep_snapshot(self, entry: Mapping[str, Any]) -> None:
         """Before the checkpoint: a training that is continued after this epoch has it."""
         if self.files is not None:
             path = self.files.snapshot(self.state.epoch)
-            self._together(lambda: self.task.keep_model(self.kept, path, _metadata(entry)))
+            self.share.together(lambda: self.task.keep_model(self.kept, path, _metadata(entry)))
 
     def save(self) -> None:
         """Write the checkpoint; the first process does."""
@@ -383,27 +368,9 @@ class Training:
         self.saved_at = time.monotonic()
         if self.files is not None:
             files = self.files
-            self._together(
+            self.share.together(
                 lambda: files.save(self.state, self.task.modules, self.optimizers, self.average)
             )
-
-    def _together(self, act: Callable[[], object], *, all_act: bool = False) -> None:
-        """Let the first process act, or all; where one fails all stop, instead of waiting for it.
-
-        Raises:
-            DataError: Another process failed.
-        """
-        failure: Exception | None = None
-        if all_act or self.share.rank == 0:
-            try:
-                act()
-            except Exception as error:
-                failure = error
-        failures = int(self._total(torch.tensor(0 if failure is None else 1)))
-        if failure is not None:
-            raise failure
-        if failures:
-            raise DataError("Another process failed; its message says why.")
 
     def resume(self) -> None:
         """Continue from the directory's checkpoint, where there is one.
@@ -424,7 +391,7 @@ class Training:
                 if first:
                     files.write_metrics(state)
 
-        self._together(load, all_act=True)
+        self.share.together(load, all_act=True)
 
     def result(self) -> nn.Module:
         """The model with the best weights, in eval mode; what a task keeps beside it is as it was then too."""

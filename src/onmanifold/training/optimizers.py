@@ -1,11 +1,11 @@
-"""Optimizers as a configuration says, and gradients that several processes share."""
+"""Optimizers as a configuration says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onmanifold.training.config import TrainingConfig
 
@@ -31,28 +31,3 @@ def make_optimizer(
         nesterov=config.nesterov,
         fused=fused,
     )
-
-
-@torch.no_grad()
-def average_gradients(
-    parameters: Sequence[nn.Parameter], total: Callable[[Tensor], Tensor]
-) -> None:
-    """Replace gradients by their sums over the processes; a parameter that none has used keeps none.
-
-    Args:
-        parameters: The same ones, in the same order, in every process.
-        total: Sums a tensor over the processes.
-    """
-    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    flat = torch.cat(
-        [
-            (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).flatten()
-            for parameter in parameters
-        ]
-    )
-    summed = total(torch.cat([flat, used.to(flat)]))
-    anywhere = summed[len(flat) :].tolist()
-    parts = torch.split(summed[: len(flat)], [parameter.numel() for parameter in parameters])
-    for parameter, part, users in zip(parameters, parts, anywhere, strict=True):
-        if users:
-            parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))

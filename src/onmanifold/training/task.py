@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from onmanifold.data.dataset import Batch
+from onmanifold.training.share import Share
 
 if TYPE_CHECKING:
     from onmanifold.data.dataset import Dataset
@@ -54,25 +54,6 @@ class Record:
         total = total.detach().double()
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + count
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of this process in work that several share.
-
-    Attributes:
-        rank: Its number.
-        processes: How many there are.
-        total: Sums a tensor over the processes.
-    """
-
-    rank: int = 0
-    processes: int = 1
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    def of(self, count: int) -> Tensor:
-        """The positions, of ``count``, that are this process's own."""
-        return torch.arange(self.rank, count, self.processes)
 
 
 class Task(ABC):

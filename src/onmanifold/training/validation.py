@@ -11,7 +11,7 @@ from torch import nn
 from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import Engine
 from onmanifold.foundation.modules import dtype_of
-from onmanifold.training.task import Share
+from onmanifold.training.share import Share
 
 if TYPE_CHECKING:
     from onmanifold.data.dataset import Dataset

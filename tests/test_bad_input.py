@@ -1,12 +1,14 @@
 """Bad input gives one clear error that names the argument, what was found and what was expected."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from onmanifold.attacks import FGSM, MIA, PGD, ProjectedAdam, RandomPerturbation
 from onmanifold.foundation.errors import ConfigError, InputError, OnManifoldError
-from onmanifold.foundation.registry import ATTACKS, OBJECTIVES, THREATS, Context
+from onmanifold.foundation.registry import ATTACKS, FITS, METHODS, OBJECTIVES, THREATS, Context
 from onmanifold.objectives import KullbackLeibler
 from onmanifold.threats import ImageBall, JointBall, LatentBall, TransformationBall
 
@@ -179,25 +181,16 @@ def test_a_joint_ball_needs_a_step_size_for_each_variable(images, small_net, pla
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ImageBall("Linf"), r"norm: expected 'linf', 'l2' or 'l1', found 'Linf'"),
         (lambda: ImageBall("linf", -0.1), r"radius: expected a number >= 0.*-0.1"),
         (lambda: ImageBall("linf", float("nan")), r"radius: expected a number >= 0.*nan"),
         (lambda: ImageBall("linf", float("inf")), r"radius: expected a number >= 0.*inf"),
         (lambda: ImageBall("l2", torch.tensor([0.1, -1])), r"radius: expected"),
         (lambda: ImageBall("l2", torch.ones(2, 2)), r"radius: .*one per sample \(B,\)"),
-        (lambda: LatentBall(nn.Identity()), r"manifold: expected a Manifold, found Identity"),
         (lambda: TransformationBall(shear=-1), r"shear: expected a half-range >= 0, found -1"),
         (lambda: TransformationBall(scale=1.0), r"scale: expected a half-range below 1"),
-        (lambda: TransformationBall(norm="l3"), r"norm: expected"),
-        (lambda: PGD(0.1), r"threat: expected a threat model, found float"),
         (lambda: PGD(ImageBall(), steps=0), r"steps: expected at least 1, found 0"),
         (lambda: PGD(ImageBall(), step_size=-1.0), r"step_size: expected finite numbers >= 0"),
         (lambda: PGD(ImageBall(), restarts=0), r"restarts: expected at least 1, found 0"),
-        (
-            lambda: PGD(ImageBall(), start="gauss"),
-            r"start: expected one of .*'zero', .*found 'gauss'",
-        ),
-        (lambda: PGD(ImageBall(), objective=3), r"objective: expected an objective, found int"),
         (lambda: RandomPerturbation(ImageBall(), restarts=0), r"restarts: expected at least 1"),
         (
             lambda: ProjectedAdam(ImageBall(), step_size=float("inf")),
@@ -207,6 +200,23 @@ def test_a_joint_ball_needs_a_step_size_for_each_variable(images, small_net, pla
 )
 def test_specifications_are_checked_when_they_are_made(make, message):
     with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ImageBall("Linf"), r"ImageBall: norm: .*'linf', 'l2' or 'l1', found 'Linf'"),
+        (lambda: LatentBall(nn.Identity()), r"LatentBall: manifold: expected .*, found Identity"),
+        (lambda: TransformationBall(norm="l3"), r"TransformationBall: norm: .*found 'l3'"),
+        (lambda: PGD(0.1), r"PGD: threat: .*found 0\.1"),
+        (lambda: PGD(nn.Identity()), r"PGD: threat: expected Threat, found Identity"),
+        (lambda: PGD(ImageBall(), start="gauss"), r"PGD: start: .*'zero', .*found 'gauss'"),
+        (lambda: PGD(ImageBall(), objective=3), r"PGD: objective: .*found 3"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(make, message):
+    with pytest.raises(ConfigError, match=message):
         make()
 
 
@@ -249,6 +259,36 @@ def test_experiment_files_name_the_nearest_valid_key(registry, spec, message):
     context = Context(named={"threat": {"image": ImageBall()}})
     with pytest.raises(ConfigError, match=message):
         registry.build(spec, context)
+
+
+COMPONENTS = [
+    pytest.param(kind, id=name)
+    for registry in (THREATS, OBJECTIVES, ATTACKS, METHODS, FITS)
+    for name, kind in registry.entries.items()
+    if dataclasses.is_dataclass(kind)
+]
+
+
+@pytest.mark.parametrize("kind", COMPONENTS)
+def test_a_component_refuses_what_no_field_of_it_can_be(kind):
+    fields = dataclasses.fields(kind)
+    needed = {
+        field.name: object()
+        for field in fields
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    for field in fields:
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__}: .*found"):
+            kind(**{**needed, field.name: object()})
+
+
+def test_a_constructor_takes_what_a_file_may_say():
+    attack = PGD({"type": "image_ball", "radius": 0.1}, steps=torch.tensor(3))
+    assert attack == PGD(ImageBall(radius=0.1), steps=3)
+    with pytest.raises(ConfigError, match=r"^PGD: steps: .*2\.5 \(float\)"):
+        PGD(ImageBall(), steps=2.5)
+    with pytest.raises(TypeError, match="stepsize"):
+        PGD(ImageBall(), stepsize=0.1)
 
 
 def test_divergence_to_the_clean_prediction_needs_another_start():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,7 @@ from pydantic_core import core_schema
 from onmanifold.foundation.errors import ConfigError, DataError, OnManifoldError
 
 T = TypeVar("T")
+K = TypeVar("K", bound="Component")
 C = TypeVar("C", bound=Callable[..., Any])
 
 
@@ -82,6 +84,7 @@ class Registry(Generic[T]):
             self._entries[name] = target
             if isinstance(target, type) and issubclass(target, Component):
                 target.registered_name = name
+                checked(target)
             return target
 
         return enter
@@ -108,7 +111,7 @@ class Registry(Generic[T]):
             context: What the specification may refer to.
 
         Raises:
-            ConfigError: Unknown name or key, missing field, or wrong type.
+            ConfigError: Unknown name or key, missing field, wrong type, or data that specifies nothing.
         """
         context = context or Context()
         if isinstance(spec, str):
@@ -120,6 +123,10 @@ class Registry(Generic[T]):
                     f"Unknown {self.kind} {spec!r}.{nearest(spec, [*self.entries, *named])}"
                 )
             spec = {"type": spec}
+        if spec is None or isinstance(spec, bool | int | float | list | tuple):
+            raise ConfigError(
+                f"{self.kind}: expected a name or a mapping with the key 'type', found {spec!r}."
+            )
         if not isinstance(spec, Mapping):
             return spec  # type: ignore[return-value]
         if "type" not in spec:
@@ -152,8 +159,7 @@ def build_component(
     try:
         if dataclasses.is_dataclass(target):
             return TypeAdapter(target).validate_python(filled, context=context)  # type: ignore[return-value]
-        checked = TypeAdapter(inspect_arguments(target)).validate_python(filled, context=context)
-        return target(**checked)
+        return target(**_arguments(target).validate_python(filled, context=context))
     except ValidationError as error:
         raise ConfigError(f"{label}: {_explain(error)}") from None
     except DataError:
@@ -163,23 +169,55 @@ def build_component(
         raise ConfigError(f"{label}: {error}") from error
 
 
-def inspect_arguments(function: Callable[..., Any]) -> Any:
-    """A TypedDict of a function's annotated arguments, so that pydantic can check a call before it is made."""
+@functools.cache
+def _arguments(target: Any) -> TypeAdapter[Any]:
+    """What checks the annotated arguments of a call before it is made."""
     from typing import NotRequired, Required, get_type_hints
 
     from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
-    # A class's own hints are those of its attributes.
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    return TypedDict(  # type: ignore[operator]
-        function.__name__,
+    # The hints of a class are those of its attributes, which are a dataclass's arguments too.
+    plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = get_type_hints(target.__init__ if plain else target)
+    arguments = TypedDict(  # type: ignore[misc]
+        target.__name__,
         {
             name: (Required if parameter.default is parameter.empty else NotRequired)[
                 hints.get(name, Any)
             ]
-            for name, parameter in inspect.signature(function).parameters.items()
+            for name, parameter in inspect.signature(target).parameters.items()
         },
     )
+    arguments.__pydantic_config__ = Component.__pydantic_config__  # type: ignore[attr-defined]
+    return TypeAdapter(arguments)
+
+
+def checked(kind: type[K]) -> type[K]:
+    """Let the constructor of a component, a dataclass, check its arguments as those of a file are.
+
+    >>> @checked
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Disc(Component):
+    ...     radius: float
+    >>> Disc(radius="wide")
+    Traceback (most recent call last):
+    ...
+    onmanifold.foundation.errors.ConfigError: Disc: radius: Input should be a valid number, unable to parse
+    string as a number, found 'wide' (str).
+    """
+    plain, signature = kind.__init__, inspect.signature(kind)
+
+    @functools.wraps(plain)
+    def __init__(self: K, *args: Any, **named: Any) -> None:
+        given = signature.bind(*args, **named).arguments
+        try:
+            values = _arguments(kind).validate_python(given)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise ConfigError(f"{kind.__name__}: {_explain(error)}") from None
+        plain(self, **values)
+
+    kind.__init__ = __init__  # type: ignore[assignment]
+    return kind
 
 
 def _explain(error: ValidationError) -> str:

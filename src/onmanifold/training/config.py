@@ -10,7 +10,7 @@ from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import Engine, Precision
 from onmanifold.data.augment import Augmentation
 from onmanifold.foundation.errors import ConfigError
-from onmanifold.foundation.registry import Component, describe
+from onmanifold.foundation.registry import Component, checked, describe
 from onmanifold.training.schedules import SCHEDULES, Exponential, Schedule
 
 _WITHOUT_EFFECT = (
@@ -19,6 +19,7 @@ _WITHOUT_EFFECT = (
 )
 
 
+@checked
 @dataclass(frozen=True)
 class TrainingConfig(Component):
     """How a training is run; the defaults are those of Disentangling, section 3.1.

@@ -44,4 +44,6 @@ def smoothed(
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, amount: float) -> Tensor:
     """Mean cross-entropy () of logits (B, K) for labels (B,) that are `smoothed`."""
+    if amount == 0:
+        return functional.cross_entropy(logits, labels)
     return functional.cross_entropy(logits, smoothed(labels, logits.shape[1], amount, logits.dtype))

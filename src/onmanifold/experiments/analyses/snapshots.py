@@ -29,7 +29,7 @@ from onmanifold.reports.drawings.snapshots import draw_snapshots
 from onmanifold.reports.tables import Entry
 from onmanifold.training.state import SNAPSHOTS, snapshots_of
 
-_SOURCE = "IJSAT, figure 2 and section 6.5; Rice et al. 2020"
+_SOURCE = "IJSAT, figure 2 and section 6.4.3; Rice et al. 2020"
 
 
 class _Curve(NamedTuple):

@@ -66,7 +66,8 @@ class ATLD(Method):
     of the largest gradients to the images, |∂CE/∂x'| over |∂MSE/∂x'| (``invariance="logits"``; the code has no
     absolute values). There the classifier is trained on the perturbed images alone, and the discriminator learns
     on features of the frozen model; in the code those of perturbed images are of the model in train mode, which
-    batch norm alone tells apart. Several processes each take their own s.
+    batch norm alone tells apart. Its class losses are of smoothed labels, as in the code. Several processes each
+    take their own s.
 
     That variant feeds on itself where there is batch norm: the frozen copy's logits, by running statistics that
     lag behind the batch's own, are the larger ones, and draw the others after them. On 5,000 images of
@@ -202,7 +203,8 @@ class ATLD(Method):
         clean, perturbed = outputs[:, 0].chunk(2)
         divergence = functional.logsigmoid(perturbed).mean() + functional.logsigmoid(-clean).mean()
         # Over both halves: twice the mean is the sum of the two means.
-        class_loss = 2 * functional.cross_entropy(outputs[:, 1:], step.labels.repeat(2))
+        amount = 0.0 if self.invariance == "divergence" else self.smoothing
+        class_loss = 2 * smoothed_cross_entropy(outputs[:, 1:], step.labels.repeat(2), amount)
         return divergence, class_loss
 
     def _classifier_loss(self, step: Step, seen: _Seen) -> Tensor:

@@ -26,7 +26,7 @@ class JointAdversarialTraining(Method):
 
     Attributes:
         against: Two or more attacks, such as PGD in l1 and linf, or PGD and an attack on a latent ball.
-        combine: "mean" of the losses on each attack's examples; their "sum", as Directions writes it; or "worst",
+        combine: "mean" of the losses on each attack's examples; their "sum"; or "worst",
             each sample's example with the larger loss, which costs one more forward pass of all examples.
     """
 

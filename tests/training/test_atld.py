@@ -472,10 +472,10 @@ def test_classifiers_that_do_not_show_their_features(network, dataset):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attack": 3}, "attack: expected an attack, found int"),
+        ({"attack": 3}, "attack: .*found 3"),
         ({"attack": om.RayS(BALL)}, "RayS follows no objective"),
         ({"smoothing": 1.0}, "smoothing"),
-        ({"invariance": "mse"}, r"invariance: expected one of \['divergence', 'logits'\]"),
+        ({"invariance": "mse"}, r"invariance: .*'divergence' or 'logits', found 'mse'"),
         ({"discriminator_features": "first"}, "discriminator_features: .* found 'first'"),
         ({"invariance_weight": -1.0}, "invariance_weight: expected a finite number >= 0"),
         ({"class_weight": float("inf")}, "class_weight"),

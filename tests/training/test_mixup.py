@@ -254,11 +254,14 @@ def test_soft_labels_weigh_the_objective():
         network, images, labels, soft_labels=functional.one_hot(labels, 3).double()
     )
     torch.testing.assert_close(hard, same)
-    # A linear model: the maximum lies in the corner that the gradient points to.
+    # Of the loss with the labels' own distribution its search finds more than that for the labels does.
     soft = torch.full((5, 3), 1 / 3).double()
     found = attack.examples(network, images, labels, soft_labels=soft)
-    loss = functional.cross_entropy(network(found), soft, reduction="none")
-    assert (loss >= functional.cross_entropy(network(hard), soft, reduction="none") - 1e-9).all()
+    loss, other = (
+        functional.cross_entropy(network(points), soft, reduction="none")
+        for points in (found, hard)
+    )
+    assert loss.sum() > other.sum()
     margin = om.PGD(om.ImageBall(radius=0.05), objective=om.Margin())
     with pytest.raises(InputError, match="Margin takes no soft labels"):
         margin.examples(network, images, labels, soft_labels=soft)
@@ -268,11 +271,11 @@ def test_errors():
     attack = om.PGD(om.ImageBall())
     with pytest.raises(ConfigError, match="concentration: expected a finite number"):
         InputMixup(-0.1)
-    with pytest.raises(ConfigError, match="order: expected 'mix_first' or 'attack_first'"):
+    with pytest.raises(ConfigError, match="order: .*'mix_first' or 'attack_first', found 'both'"):
         IJSAT(attack, order="both")
     with pytest.raises(ConfigError, match="layers: expected at least one"):
         ManifoldMixup(layers=())
-    with pytest.raises(ConfigError, match="attack: expected an attack"):
+    with pytest.raises(ConfigError, match="attack: .*'threat' is missing"):
         IAT("pgd")
 
 

@@ -9,7 +9,7 @@ class InputError(OnManifoldError, ValueError):
     """An argument has the wrong range, shape, dtype, device or label."""
 
 
-class ConfigError(OnManifoldError):
+class ConfigError(InputError):
     """An experiment file or a component's specification is wrong."""
 
 

@@ -12,6 +12,7 @@ import onmanifold as om
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS, describe
 from onmanifold.training import (
+    ATLD,
     AWP,
     SAM,
     AdversarialTraining,
@@ -35,8 +36,9 @@ def make_step(network, dataset, epoch=0):
     return Step(network, network, images.double(), labels, None, indices, epoch, 5)
 
 
-def sgd(network):
-    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+def sgd(*networks):
+    weights = [weight for network in networks for weight in network.parameters()]
+    return torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=0.01)
 
 
 def total_norm(tensors):
@@ -66,24 +68,28 @@ def awp_changes(parameters, gradients):
     ]
 
 
-def two_passes(network, optimizer, images, labels, changes):
+def two_passes(networks, optimizer, loss, changes):
     """One step by hand: weights there and back; the running statistics are those of the first pass."""
-    parameters = list(network.parameters())
-    loss = functional.cross_entropy(network(images), labels)
-    gradients = torch.autograd.grad(loss, parameters)
-    statistics = copy.deepcopy(dict(network.named_buffers()))
+    networks = nn.ModuleList(networks)
+    parameters = list(networks.parameters())
+    gradients = torch.autograd.grad(loss(), parameters)
+    statistics = copy.deepcopy(dict(networks.named_buffers()))
     before = [weight.detach().clone() for weight in parameters]
     with torch.no_grad():
         for weight, change in zip(parameters, changes(before, gradients), strict=True):
             weight += change
     optimizer.zero_grad()
-    functional.cross_entropy(network(images), labels).backward()
+    loss().backward()
     with torch.no_grad():
         for weight, old in zip(parameters, before, strict=True):
             weight.copy_(old)
-        for name, buffer in network.named_buffers():
+        for name, buffer in networks.named_buffers():
             buffer.copy_(statistics[name])
     optimizer.step()
+
+
+def plain_loss(network, images, labels):
+    return lambda: functional.cross_entropy(network(images), labels)
 
 
 def follow(method, step, optimizer):
@@ -118,7 +124,7 @@ def test_steps_equal_two_passes_by_hand(network, dataset, make, changes, adversa
         with torch.no_grad():
             # Train mode: the accuracy is that of the first pass.
             logits = copy.deepcopy(reference)(images)
-        two_passes(reference, theirs, images, step.labels, changes)
+        two_passes([reference], theirs, plain_loss(reference, images, step.labels), changes)
         follow(make(inner), step, ours)
         assert step.counted == 20
         assert step.correct == (logits.argmax(1) == step.labels).sum()
@@ -127,6 +133,88 @@ def test_steps_equal_two_passes_by_hand(network, dataset, make, changes, adversa
             tensor, reference.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name
         )
     assert network[1].num_batches_tracked == 3
+
+
+def advprop_loss(network, norm, images, examples, labels):
+    """Layer by layer, adversarial images through the other norm."""
+
+    def loss():
+        clean, adversarial = images, examples
+        for place, part in enumerate(network):
+            clean = part(clean)
+            adversarial = norm(adversarial) if place == 1 else part(adversarial)
+        return functional.cross_entropy(clean, labels) + 0.5 * functional.cross_entropy(
+            adversarial, labels
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize(("make", "changes"), METHODS_AND_CHANGES, ids=IDS)
+def test_advprop_is_one_loss_of_the_classifier_and_the_auxiliary_norms(
+    network, dataset, make, changes
+):
+    method = make(AdvProp(ATTACK, adversarial_weight=0.5))
+    players = method.players(network, dataset.batch(torch.arange(1)).images)
+    (norm,) = players["auxiliary"].double().train().norms
+    with torch.no_grad():
+        norm.weight.mul_(1.5)
+        norm.bias.add_(0.3)
+    reference, other = copy.deepcopy(network).double().train(), copy.deepcopy(norm)
+    ours, theirs = sgd(network.double(), norm), sgd(reference, other)
+    for _ in range(3):
+        step = replace(make_step(network, dataset), players=players)
+        attacked = copy.deepcopy(reference)
+        attacked[1] = copy.deepcopy(other)
+        arguments = {"seed": step.seed, "indices": step.indices}
+        examples = persistent(ATTACK).examples(attacked, step.images, step.labels, **arguments)
+        loss = advprop_loss(reference, other, step.images, examples, step.labels)
+        two_passes([reference, other], theirs, loss, changes)
+        (turn,) = method.turns(step)
+        assert turn["auxiliary"] is turn["classifier"]
+        ours.zero_grad()
+        turn["classifier"].backward()
+        ours.step()
+        assert step.counted == 40
+    for found, expected in ((network, reference), (norm, other)):
+        for name, tensor in found.state_dict().items():
+            torch.testing.assert_close(
+                tensor, expected.state_dict()[name], rtol=1e-10, atol=1e-12, msg=name
+            )
+    assert norm.num_batches_tracked == network[1].num_batches_tracked == 3
+    assert all(isinstance(part, nn.Parameter) for part in norm.parameters())
+
+
+def test_the_classifier_of_a_game_is_perturbed_under_the_discriminator_that_has_moved(
+    network, dataset
+):
+    game = ATLD(
+        om.PGD(om.ImageBall(radius=0.1), steps=1),
+        discriminator_features="logits",
+        discriminator_width=8,
+    )
+    step = make_step(network, dataset)
+    players = game.players(network, step.images[:1])
+    step.players = {name: player.double() for name, player in players.items()}
+    reference = copy.deepcopy(network)
+    for turn in SAM(game, 0.3).turns(step):
+        if "discriminator" in turn:
+            with torch.no_grad():
+                for weight in step.players["discriminator"].parameters():
+                    weight.mul_(1.1)
+        else:
+            loss = turn["classifier"]
+    # With the examples that were made before, at the weights as they are and then at those nearby.
+    moving = list(reference.parameters())
+    given = replace(step, model=reference, classifier=reference)
+    first = game.loss(replace(given, given=iter(step.made)))
+    gradients = torch.autograd.grad(first, moving)
+    with torch.no_grad():
+        for weight, change in zip(moving, sam_changes(moving, gradients), strict=True):
+            weight += change
+    expected = game.loss(replace(given, given=iter(step.made)))
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    assert loss > first
 
 
 def test_the_perturbation_is_as_long_as_it_says(network, dataset):
@@ -276,7 +364,8 @@ def test_other_players_move_as_they_are(network, dataset):
     turns = list(method.turns(step))
     assert [list(turn) for turn in turns] == [["classifier"], ["critic"]]
     for refused in (Together(), Twice()):
-        with pytest.raises(ConfigError, match="moves alone and once in a step"):
+        message = f"moves once in a step, and alone .* not so in {type(refused).__name__}"
+        with pytest.raises(ConfigError, match=message):
             list(SAM(refused).turns(step))
 
 
@@ -316,6 +405,9 @@ def test_training_runs(network, dataset, kind, precision):
     assert all(isinstance(part, nn.Parameter) for part in result.classifier.parameters())
 
 
-def test_a_method_with_players_cannot_always_be_perturbed(network, dataset):
-    with pytest.raises(ConfigError, match="not so in AdvProp"):
-        train(SAM(AdvProp(ATTACK)), network, dataset, CONFIG)
+@pytest.mark.parametrize("kind", [SAM, AWP])
+def test_training_with_auxiliary_norms_runs(network, dataset, kind):
+    """In the loop each player has an optimizer of its own."""
+    entries = train(kind(AdvProp(ATTACK), 0.05), network, dataset, CONFIG).history
+    assert entries[-1]["train_loss"] < entries[0]["train_loss"]
+    assert entries[-1]["train_loss_auxiliary"] == entries[-1]["train_loss_classifier"]

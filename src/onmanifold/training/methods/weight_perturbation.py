@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,10 @@ class WeightPerturbation(Method, ABC):
     the perturbed ones. (The released code of AWP perturbs a copy and so takes the statistics of the second
     pass.) Modules that draw random numbers, such as dropout, draw anew in the second pass.
 
-    Other players of the method, such as a discriminator, move as they would without the perturbation. The
-    classifier may move in one turn of a step, alone, and `Method.loss` must be its loss there.
+    Players that follow the classifier's own loss together with it, as AdvProp's auxiliary norms do, are trained
+    by one loss of all their weights; so these are perturbed together. Players with losses of their own, such as
+    ATLD's discriminator, move as they would without the perturbation. The classifier may move in one turn of a
+    step, and `Method.loss` must be its loss there.
 
     Attributes:
         method: Whose loss is taken.
@@ -75,33 +78,41 @@ class WeightPerturbation(Method, ABC):
         """The method's turns, the classifier's loss at perturbed weights.
 
         Raises:
-            ConfigError: The classifier moves together with another player, or more than once.
+            ConfigError: The classifier moves together with a player that follows another loss, or more than
+                once.
         """
         moved = False
         for turn in self.method.turns(step):
             if "classifier" not in turn:
                 yield turn
                 continue
-            if moved or len(turn) > 1:
+            if moved or any(loss is not turn["classifier"] for loss in turn.values()):
                 raise ConfigError(
-                    f"method: {type(self).__name__} needs a method whose classifier moves alone and once in a "
-                    f"step, which is not so in {type(self.method).__name__}."
+                    f"method: {type(self).__name__} needs a method whose classifier moves once in a step, and "
+                    "alone or with players that follow the same loss, which is not so in "
+                    f"{type(self.method).__name__}."
                 )
             moved = True
-            yield self._turn(step, turn["classifier"])
+            yield self._turn(step, turn)
 
-    def _turn(self, step: Step, loss: Tensor) -> Turn:
+    def _turn(self, step: Step, turn: Turn) -> Turn:
         """The classifier's turn, from the loss at the weights as they are."""
-        parameters = [part for part in step.classifier.parameters() if part.requires_grad]
-        gradients = step.gradients(loss, parameters)
-        # Where buffers stand, copies do: what the second pass does to them is lost.
-        stand_ins = {buffer: buffer.clone() for buffer in step.classifier.buffers()}
+        networks = {"classifier": step.classifier, **step.players}
+        parameters = [
+            part for name in turn for part in networks[name].parameters() if part.requires_grad
+        ]
+        gradients = step.gradients(turn["classifier"], parameters)
         with torch.no_grad():
             changes = self.perturbation(parameters, gradients)
         pairs = zip(parameters, changes, strict=True)
-        stand_ins |= {parameter: parameter + change for parameter, change in pairs}
-        with with_tensors(step.classifier, stand_ins):
-            return {"classifier": self.method.loss(step.again())}
+        stand_ins = {parameter: parameter + change for parameter, change in pairs}
+        with ExitStack() as stack:
+            for network in networks.values():
+                # Where buffers stand, copies do: what the second pass does to them is lost.
+                copies = {buffer: buffer.clone() for buffer in network.buffers()}
+                stack.enter_context(with_tensors(network, stand_ins | copies))
+            loss = self.method.loss(step.again())
+        return dict.fromkeys(turn, loss)
 
     @abstractmethod
     def perturbation(
@@ -115,9 +126,9 @@ class WeightPerturbation(Method, ABC):
 class SAM(WeightPerturbation):
     """Sharpness-aware minimisation: the gradient at the worst weights within a ball (Foret et al. 2021, eq. 2).
 
-    The perturbation is radius · g / ‖g‖₂ with the gradient g of the loss to all parameters of the classifier
-    together; to first order that is the worst one in the l2 ball. How the gradient depends on the perturbation
-    is left out, as in the paper (section 2, eq. 3).
+    The perturbation is radius · g / ‖g‖₂ with the gradient g of the loss to all parameters that follow it
+    together, usually those of the classifier; to first order that is the worst one in the l2 ball. How the
+    gradient depends on the perturbation is left out, as in the paper (section 2, eq. 3).
 
     Attributes:
         method: Whose loss is taken.

@@ -1,4 +1,4 @@
-"""TRADES and MART against numbers worked out by hand and against plain, slow references."""
+"""TRADES and MART against plain, slow references; numbers worked out by hand are in tests/golden."""
 
 import copy
 import math
@@ -39,21 +39,13 @@ def assert_same_gradients(network, loss, reference, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_divergence_by_hand():
-    # p = (1/2, 1/2), q = (1/4, 3/4): KL = 1/2 ln 2 + 1/2 ln(2/3) = ln(2 / sqrt 3).
-    found = divergence(torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]]))
-    assert found.item() == pytest.approx(math.log(2 / math.sqrt(3)), rel=1e-6)
+def test_divergence_number_by_number():
     clean, perturbed = torch.randn(6, 4).double(), torch.randn(6, 4).double()
     assert divergence(clean, perturbed).tolist() == pytest.approx(entropies(clean, perturbed))
     assert not divergence(clean, clean).abs().gt(1e-12).any()
 
 
-def test_boosted_cross_entropy_by_hand():
-    # p = (0.5, 0.3, 0.2) and label 1: −ln 0.3 − ln(1.0001 − 0.5).
-    logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
-    found = boosted_cross_entropy(logits, torch.tensor([1])).item()
-    assert found == pytest.approx(-math.log(0.3) - math.log(1.0001 - 0.5), rel=1e-10)
-    # Sure and wrong: large and finite.
+def test_boosted_cross_entropy_of_the_sure_and_wrong_is_large_and_finite():
     assert boosted_cross_entropy(torch.tensor([[200.0, 0.0]]), torch.tensor([1])).isfinite()
 
 

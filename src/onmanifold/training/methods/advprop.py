@@ -57,6 +57,9 @@ class AdvProp(Method):
     classifier that is evaluated and kept has the main ones. The copies begin as the main ones are. Examples are
     made in eval mode, as everywhere here, by the running statistics of the copies.
 
+    As with all batch norm, the statistics of a step are those of the batch, of several processes each of its own
+    part; the running ones are averaged.
+
     The loss is the sum of both, as printed; with weights of 0.5 it has the size of other methods' losses.
 
     Attributes:

@@ -1,4 +1,8 @@
-"""Mixed images: input and manifold mixup, interpolated adversarial training, robust mixup (IJSAT)."""
+"""Mixed images: input and manifold mixup, interpolated adversarial training, robust mixup (IJSAT).
+
+Where several processes share a batch, each mixes its own part: the shares are those of one process, the partners
+are not (see `Mixture.draw`). Losses are then means over other mixtures; where nothing is mixed they are the same.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,9 @@ class Mixture:
         """Random partners, and α ~ Beta(concentration, concentration).
 
         α depends on seed and sample alone, by the inverse of its distribution function; the papers' code draws one
-        for all samples of a batch. Partners are of the same batch; of several processes each mixes its own part.
+        for all samples of a batch. Partners are of the same batch. Several processes give the same α as one, but
+        other partners: each mixes its own part of a batch, since a partner's example, or its features inside the
+        network, is where the partner is.
         """
         keys = randomness.uniform(step.seed, step.indices, stream=f"{stream}/partner")
         draws = randomness.uniform(
@@ -77,6 +83,8 @@ def _check_concentration(concentration: float) -> None:
 class InputMixup(Method):
     """Cross-entropy of mixed images with mixed labels (Zhang et al. 2018).
 
+    Partners are of the same batch; of several processes each mixes its own part.
+
     Attributes:
         concentration: Of the Beta distribution of shares; 0: nothing is mixed, large: all is mixed half and half.
     """
@@ -96,7 +104,7 @@ class InputMixup(Method):
 class ManifoldMixup(Method):
     """Mixup of what a random layer computes (Verma et al. 2019).
 
-    Each step mixes at one layer, or at the input.
+    Each step mixes at one layer, or at the input; of several processes each chooses one of its own.
 
     Attributes:
         concentration: Of the Beta distribution of shares.
@@ -132,7 +140,7 @@ class IAT(Method):
     """Interpolated adversarial training (Lamb et al. 2019): mixup of clean and of adversarial images.
 
     Half the mixup loss of the clean batch and half that of the adversarial batch, which is made first, from images
-    that are not mixed.
+    that are not mixed. Partners are of the same batch; of several processes each mixes its own part.
 
     Attributes:
         attack: Makes the examples.
@@ -170,7 +178,8 @@ class IJSAT(Method):
     latent ball alone it is the data augmentation of IJSAT's table 2; on an image ball it is robust mixup for
     ordinary adversarial training. `AdversarialTraining` on a joint ball is IJSAT without mixup. Manifolds that
     know classes see the label of each image itself, not of its partner. The paper prints Beta(−τ, τ), which does
-    not exist; τ here is ``concentration``.
+    not exist; τ here is ``concentration``. Partners are of the same batch; of several processes each mixes its
+    own part.
 
     Attributes:
         attack: Makes the examples; its objective takes soft labels (cross-entropy does).

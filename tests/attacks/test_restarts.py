@@ -75,7 +75,7 @@ def test_what_all_of_them_check(kind):
     assert kind(BALL, objective="margin").objective == Margin()
     with pytest.raises(ConfigError, match="'margn'"):
         kind(BALL, objective="margn")
-    with pytest.raises(InputError, match=r"objective: expected an objective, found int"):
+    with pytest.raises(InputError, match=r"objective: expected the objective's name .*found 3"):
         kind(BALL, objective=3)
     with pytest.raises(InputError, match=r"restarts: expected at least 1, found 0"):
         kind(BALL, restarts=0)

@@ -105,9 +105,9 @@ def test_context_defaults_reach_nested_components():
         ("xyz", r"Unknown shape 'xyz'\. Valid: disc, frame, made\."),
         ({"radius": 1}, r"needs the key 'type', found only radius"),
         ({}, r"needs the key 'type'"),
-        (None, r"shape: expected a name or a mapping with the key 'type', found None"),
-        (7, r"a name or a mapping with the key 'type', found 7"),
-        (["disc"], r"a name or a mapping with the key 'type', found \['disc'\]"),
+        (None, r"expected the shape's name or a mapping with the key 'type', found None"),
+        (7, r"name or a mapping with the key 'type', found 7"),
+        (["disc"], r"name or a mapping with the key 'type', found \['disc'\]"),
         (
             {"type": "disc", "radus": 1},
             r"shape 'disc': unknown key 'radus'\. Did you mean 'radius'\? Valid: colour, radius\.",
@@ -122,7 +122,7 @@ def test_context_defaults_reach_nested_components():
         ({"type": "frame", "inner": "dics"}, r"shape 'frame': inner: Unknown shape 'dics'.*'disc'"),
         (
             {"type": "frame", "inner": 3},
-            r"shape 'frame': inner: shape: expected a name or a mapping.*found 3",
+            r"shape 'frame': inner: expected the shape's name or a mapping.*found 3",
         ),
         (
             {"type": "frame", "inner": {"type": "disc", "radus": 1}},

@@ -154,7 +154,7 @@ def test_fields():
     assert built == AdvProp(om.PGD(om.ImageBall(), steps=3), 0.5)
     # What is kept has the main norms: clean images judge it.
     assert built.attacks == ()
-    with pytest.raises(ConfigError, match="attack: .*'threat' is missing"):
+    with pytest.raises(ConfigError, match=r"attack: .*'threat' is missing"):
         AdvProp("pgd")
     with pytest.raises(ConfigError, match="clean_weight: expected a finite number >= 0, found -1"):
         AdvProp(ATTACK, -1)

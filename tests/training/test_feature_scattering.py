@@ -243,7 +243,7 @@ def test_it_trains(network, dataset, fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"threat": 3}, "threat: expected a threat model, found int"),
+        ({"threat": 3}, "threat: expected the threat's name .*found 3"),
         ({"start": "zero"}, r"start: expected one of \['uniform', .*found 'zero'"),
         ({"smoothing": 1.0}, r"smoothing: expected a number in \[0, 1\), found 1.0"),
         ({"smoothing": -0.1}, "smoothing"),

@@ -508,7 +508,7 @@ def test_tensorboard_receives_every_epoch(network, dataset, tmp_path, monkeypatc
     ("arguments", "error", "message"),
     [
         ({"method": "norml"}, ConfigError, "Did you mean 'normal'"),
-        ({"method": 3}, InputError, "method: expected a training method, found int"),
+        ({"method": 3}, InputError, "expected the method's name .*found 3"),
         ({"config": {"epoch": 1}}, ConfigError, "Did you mean 'epochs'"),
         ({"classifier": "conv_nett"}, ConfigError, "Did you mean 'conv_net'"),
     ],

@@ -271,11 +271,11 @@ def test_errors():
     attack = om.PGD(om.ImageBall())
     with pytest.raises(ConfigError, match="concentration: expected a finite number"):
         InputMixup(-0.1)
-    with pytest.raises(ConfigError, match="order: .*'mix_first' or 'attack_first', found 'both'"):
+    with pytest.raises(ConfigError, match=r"order: .*'mix_first' or 'attack_first', found 'both'"):
         IJSAT(attack, order="both")
     with pytest.raises(ConfigError, match="layers: expected at least one"):
         ManifoldMixup(layers=())
-    with pytest.raises(ConfigError, match="attack: .*'threat' is missing"):
+    with pytest.raises(ConfigError, match=r"attack: .*'threat' is missing"):
         IAT("pgd")
 
 

@@ -92,12 +92,12 @@ def test_specifications_and_errors(attacks):
     assert built.first == Normal()
     with pytest.raises(ConfigError, match="against: expected two or more attacks, found 1"):
         JointAdversarialTraining(attacks[:1])
-    with pytest.raises(ConfigError, match="combine: expected"):
+    with pytest.raises(ConfigError, match=r"combine: .*found 'both'"):
         JointAdversarialTraining(attacks, "both")
     with pytest.raises(ConfigError, match="epochs: expected a number >= 0"):
         Staged(Normal(), -1)
-    with pytest.raises(ConfigError, match="then: expected a method"):
-        Staged("normal", 1)
+    with pytest.raises(ConfigError, match=r"then: .*found 3"):
+        Staged(3, 1)
 
 
 def test_a_second_look_has_the_same_worst_examples(network, coded, attacks):

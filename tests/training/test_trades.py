@@ -168,9 +168,11 @@ def test_errors():
         TRADES(om.RayS(ball))
     with pytest.raises(om.OnManifoldError, match="no gradient at the clean image"):
         TRADES(om.PGD(ball, start="zero"))
-    with pytest.raises(ConfigError, match="latent_attack: expected an attack, found str"):
+    with pytest.raises(ConfigError, match="latent_weight: expected a latent_attack beside it"):
+        TRADES(om.PGD(ball), latent_weight=0.5)
+    with pytest.raises(ConfigError, match=r"latent_attack: .*'threat' is missing"):
         TRADES(om.PGD(ball), latent_attack="pgd")
-    with pytest.raises(ConfigError, match="attack: expected an attack"):
+    with pytest.raises(ConfigError, match=r"attack: .*'threat' is missing"):
         MART("pgd")
 
 

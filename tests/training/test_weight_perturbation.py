@@ -382,7 +382,7 @@ def test_a_specification_builds(dataset, network):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SAM("normal"), "method: expected a training method, found str"),
+        (lambda: SAM(3), "method: expected the method.s name .*found 3"),
         (lambda: SAM(AWP(Normal())), "method: AWP perturbs the weights itself"),
         (lambda: SAM(Staged(AWP(Normal()), 1)), "method: AWP perturbs the weights itself"),
         (lambda: SAM(Normal(), -1), "radius: expected a finite number >= 0, found -1"),

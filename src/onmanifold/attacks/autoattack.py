@@ -57,11 +57,6 @@ class AutoAttack(Attack):
     queries: int = field(default=5000, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.version not in ("standard", "plus", "rand"):
-            raise InputError(
-                f"version: expected 'standard', 'plus' or 'rand', found {self.version!r}."
-            )
         known = self._makers()
         for name in self.only or ():
             if name not in known:

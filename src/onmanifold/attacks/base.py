@@ -136,12 +136,6 @@ class Attack(Component, ABC):
     threat: Threat
     engine: Engine = field(default=Engine(), kw_only=True)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.threat, Threat):
-            raise InputError(
-                f"threat: expected a threat model, found {type(self.threat).__name__}."
-            )
-
     @property
     def members(self) -> tuple[str, ...]:
         """Names of the attacks that this one is made of; none where it is one by itself."""

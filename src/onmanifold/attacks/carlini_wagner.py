@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,6 @@ class CarliniWagner(Attack):
     early_stop: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("steps", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, found {getattr(self, name)}.")
@@ -76,8 +75,6 @@ class CarliniWagner(Attack):
                 raise InputError(f"{name}: expected a number > 0, found {getattr(self, name)}.")
         if not self.confidence >= 0:
             raise InputError(f"confidence: expected a number >= 0, found {self.confidence}.")
-        if self.bounds not in get_args(Bounds):
-            raise InputError(f"bounds: expected 'tanh' or 'clip', found {self.bounds!r}.")
 
     def bind(
         self, network: FrozenNetwork, images: Tensor, labels: Tensor, targets: Tensor | None

@@ -50,8 +50,6 @@ class Engine(Component):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in ("32", "bf16"):
-            raise InputError(f"precision: expected '32' or 'bf16', found {self.precision!r}.")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads: expected at least 1, found {self.threads}.")
 

@@ -52,7 +52,6 @@ class FAB(Attack):
     early_stop: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, found {getattr(self, name)}.")

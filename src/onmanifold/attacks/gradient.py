@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import get_args
 
 from onmanifold.attacks.base import Search
 from onmanifold.attacks.core import Best, Walk
@@ -46,10 +45,6 @@ class GradientAttack(RestartedAttack, ABC):
             )
         if self.passes < 1:
             raise InputError(f"passes: expected at least 1, found {self.passes}.")
-        if self.start not in get_args(Start):
-            raise InputError(
-                f"start: expected one of {list(get_args(Start))}, found {self.start!r}."
-            )
 
     def nothing_yet(self, search: Search) -> Best:
         """The same, each gradient averaged over the passes."""

@@ -53,7 +53,6 @@ class RayS(Attack):
     early_stop: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_by_norm(self.threat, "RayS")
         if self.queries < 2:
             raise InputError(f"queries: expected at least 2, found {self.queries}.")

@@ -28,14 +28,6 @@ class RestartedAttack(Attack, ABC):
         restarts: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.objective, str):
-            # Python users may name the objective, as a specification does.
-            object.__setattr__(self, "objective", Objective.registry.build(self.objective))
-        if not isinstance(self.objective, Objective):
-            raise InputError(
-                f"objective: expected an objective, found {type(self.objective).__name__}."
-            )
         if self.restarts < 1:
             raise InputError(f"restarts: expected at least 1, found {self.restarts}.")
 

@@ -125,7 +125,7 @@ class Registry(Generic[T]):
             spec = {"type": spec}
         if spec is None or isinstance(spec, bool | int | float | list | tuple):
             raise ConfigError(
-                f"{self.kind}: expected a name or a mapping with the key 'type', found {spec!r}."
+                f"expected the {self.kind}'s name or a mapping with the key 'type', found {spec!r}."
             )
         if not isinstance(spec, Mapping):
             return spec  # type: ignore[return-value]

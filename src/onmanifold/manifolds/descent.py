@@ -83,8 +83,6 @@ class ProjectionConfig(Component):
                 "warmup and cooldown: expected shares of at most 1 in all, "
                 f"found {self.warmup} and {self.cooldown}."
             )
-        if self.schedule not in ("step", "cosine"):
-            raise InputError(f"schedule: expected 'step' or 'cosine', found {self.schedule!r}.")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0.

@@ -20,12 +20,6 @@ Variables = dict[str, Tensor]
 """The perturbation variables by name; each (B, ...), zero where nothing is changed."""
 
 
-def check_norm(norm: str) -> None:
-    """Raises InputError unless ``norm`` is "linf", "l2" or "l1"."""
-    if norm not in ("linf", "l2", "l1"):
-        raise InputError(f"norm: expected 'linf', 'l2' or 'l1', found {norm!r}.")
-
-
 def check_radius(radius: float | Tensor) -> None:
     """Raises InputError unless all radii are finite numbers of at least 0."""
     values = torch.as_tensor(radius)

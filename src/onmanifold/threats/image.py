@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from onmanifold.foundation.registry import THREATS
-from onmanifold.threats.base import Ball, Region, Threat, Variables, check_norm, check_radius
+from onmanifold.threats.base import Ball, Region, Threat, Variables, check_radius
 from onmanifold.threats.geometry import Norm
 
 
@@ -44,7 +44,6 @@ class ImageBall(Threat):
     radius: float | Tensor = 8 / 255
 
     def __post_init__(self) -> None:
-        check_norm(self.norm)
         check_radius(self.radius)
 
     def around(self, images: Tensor, labels: Tensor, codes: Tensor | None = None) -> Region:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import THREATS
-from onmanifold.threats.base import Ball, Region, Threat, Variables, check_norm, check_radius
+from onmanifold.threats.base import Ball, Region, Threat, Variables, check_radius
 from onmanifold.threats.geometry import Norm
 
 _BLOCK = 8
@@ -136,7 +136,6 @@ class JPEG(Threat):
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        check_norm(self.norm)
         check_radius(self.radius)
         if self.limit is not None and not self.limit >= 0:
             raise InputError(f"limit: expected a number >= 0, found {self.limit}.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import THREATS
 from onmanifold.manifolds.base import Chart, Manifold
-from onmanifold.threats.base import Ball, Region, Threat, Variables, check_norm, check_radius
+from onmanifold.threats.base import Ball, Region, Threat, Variables, check_radius
 from onmanifold.threats.geometry import Norm
 
 # Layers that act otherwise in train mode, and then mix the samples of a batch or draw random numbers.
@@ -71,12 +71,7 @@ class LatentBall(Threat):
     box: float | Literal["manifold"] | None = "manifold"
 
     def __post_init__(self) -> None:
-        check_norm(self.norm)
         check_radius(self.radius)
-        if not isinstance(self.manifold, Manifold):
-            raise InputError(
-                f"manifold: expected a Manifold, found {type(self.manifold).__name__}."
-            )
         unknown = set(self.levels or ()) - set(self.manifold.levels)
         if unknown or self.levels == ():
             raise InputError(

@@ -166,7 +166,7 @@ class PerceptualBall(Threat):
 
     by_norm: ClassVar[bool] = False
 
-    distance: PerceptualDistance | str = "self"
+    distance: PerceptualDistance | str | Path = "self"
     radius: float | Tensor = 0.5
 
     def __post_init__(self) -> None:
@@ -174,11 +174,6 @@ class PerceptualBall(Threat):
         if isinstance(self.distance, str | Path) and self.distance != "self":
             loaded = FeatureDistance(load_classifier(self.distance))
             object.__setattr__(self, "distance", loaded)
-        if self.distance != "self" and not isinstance(self.distance, PerceptualDistance):
-            raise InputError(
-                "distance: expected a PerceptualDistance, a classifier's file or 'self', found "
-                f"{type(self.distance).__name__}."
-            )
 
     def facing(self, model: nn.Module, images: Tensor) -> Threat:
         """The ball in the model's own features, where the distance is "self"."""
@@ -193,7 +188,7 @@ class PerceptualBall(Threat):
         Raises:
             InputError: The distance is "self", and no attack has said whose.
         """
-        if isinstance(self.distance, str):
+        if isinstance(self.distance, str | Path):
             raise InputError(
                 "distance: 'self' is the attacked model's, which only an attack knows; expected a "
                 "PerceptualDistance, or `threat.facing(model, images)`."

@@ -11,7 +11,7 @@ from torch import Tensor
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.registry import THREATS
 from onmanifold.manifolds.affine import affine_matrix, warp
-from onmanifold.threats.base import Ball, Region, Threat, Variables, check_norm, check_radius
+from onmanifold.threats.base import Ball, Region, Threat, Variables, check_radius
 from onmanifold.threats.geometry import Norm
 
 
@@ -60,7 +60,6 @@ class TransformationBall(Threat):
     rotation: float = math.pi / 10
 
     def __post_init__(self) -> None:
-        check_norm(self.norm)
         check_radius(self.radius)
         for name in ("translation", "shear", "scale", "rotation"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -11,7 +11,7 @@ from onmanifold.attacks.engine import Engine, Precision
 from onmanifold.data.augment import Augmentation
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import Component, checked, describe
-from onmanifold.training.schedules import SCHEDULES, Exponential, Schedule
+from onmanifold.training.schedules import Exponential, Schedule
 
 _WITHOUT_EFFECT = (
     *("checkpoint_epochs", "checkpoint_minutes", "snapshot_epochs"),
@@ -85,11 +85,7 @@ class TrainingConfig(Component):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.schedule, str | dict):
-            # Python users may name the schedule, as a specification does.
-            object.__setattr__(self, "schedule", SCHEDULES.build(self.schedule))
         object.__setattr__(self, "betas", tuple(self.betas))
-        self._check_choices()
         for name in ("epochs", "batch_size", "checkpoint_epochs"):
             self._check(
                 name,
@@ -120,16 +116,6 @@ class TrainingConfig(Component):
         """How an attack in the training runs the model: its own way, but for what is set here."""
         precision = own.precision if self.attack_precision is None else self.attack_precision
         return replace(own, precision=precision, compile=own.compile or self.compile)
-
-    def _check_choices(self) -> None:
-        self._check("schedule", isinstance(self.schedule, Schedule), "a schedule")
-        optimizers = ("adam", "adamax", "sgd")
-        self._check("optimizer", self.optimizer in optimizers, f"one of {', '.join(optimizers)}")
-        precisions = ("32-true", "bf16-mixed", "64-true")
-        self._check("precision", self.precision in precisions, f"one of {', '.join(precisions)}")
-        self._check(
-            "attack_precision", self.attack_precision in (None, "32", "bf16"), "'32' or 'bf16'"
-        )
 
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:

@@ -50,10 +50,6 @@ class CVAEFit(Fit):
     kl_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.reconstruction not in ("bernoulli", "l2"):
-            raise ConfigError(
-                f"reconstruction: expected 'bernoulli' or 'l2', found {self.reconstruction!r}."
-            )
         if not 0 <= self.kl_weight < math.inf:
             raise ConfigError(f"kl_weight: expected a finite number >= 0, found {self.kl_weight}.")
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from onmanifold.attacks import Attack
-from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
-from onmanifold.training.methods.base import Method, Step, check_attack, persistent
+from onmanifold.training.methods.base import Method, Step, persistent
 
 
 @METHODS.register("adversarial")
@@ -33,13 +32,6 @@ class AdversarialTraining(Method):
 
     attack: Attack
     variant: Literal["full", "half", "weak"] = "full"
-
-    def __post_init__(self) -> None:
-        check_attack("attack", self.attack)
-        if self.variant not in ("full", "half", "weak"):
-            raise ConfigError(
-                f"variant: expected 'full', 'half' or 'weak', found {self.variant!r}."
-            )
 
     @property
     def attacks(self) -> Sequence[Attack]:

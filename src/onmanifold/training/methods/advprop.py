@@ -13,7 +13,7 @@ from onmanifold.attacks import Attack
 from onmanifold.foundation.errors import ConfigError, InputError
 from onmanifold.foundation.modules import with_parts
 from onmanifold.foundation.registry import METHODS
-from onmanifold.training.methods.base import Method, Step, check_attack, check_weight, persistent
+from onmanifold.training.methods.base import Method, Step, check_weight, persistent
 from onmanifold.training.task import Turn
 
 _NORM = nn.modules.batchnorm._BatchNorm
@@ -73,7 +73,6 @@ class AdvProp(Method):
     adversarial_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_attack("attack", self.attack)
         for name in ("clean_weight", "adversarial_weight"):
             check_weight(name, getattr(self, name))
         if self.clean_weight == self.adversarial_weight == 0:

@@ -19,7 +19,7 @@ from onmanifold.foundation.modules import frozen
 from onmanifold.foundation.registry import METHODS
 from onmanifold.objectives import ManifoldLoss
 from onmanifold.threats import ImageBall
-from onmanifold.training.methods.base import Method, Step, check_attack, check_weight, maximising
+from onmanifold.training.methods.base import Method, Step, check_weight, maximising
 from onmanifold.training.smoothing import check_smoothing, smoothed_cross_entropy
 from onmanifold.training.task import Turn
 
@@ -111,15 +111,8 @@ class ATLD(Method):
     discriminator_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        check_attack("attack", self.attack)
         maximising(self.attack, ManifoldLoss())
         check_smoothing(self.smoothing)
-        choices = {"invariance": ("divergence", "logits")}
-        choices["discriminator_features"] = ("last_hidden", "logits")
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                found = getattr(self, name)
-                raise ConfigError(f"{name}: expected one of {list(valid)}, found {found!r}.")
         for name in ("invariance_weight", "class_weight", "discriminator_rate"):
             check_weight(name, getattr(self, name))
         for name in ("discriminator_width", "discriminator_depth", "discriminator_updates"):

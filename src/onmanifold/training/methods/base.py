@@ -178,12 +178,6 @@ class Method(Component, ABC):
         return ()
 
 
-def check_attack(name: str, attack: object) -> None:
-    """Raises ConfigError unless ``attack`` is an attack."""
-    if not isinstance(attack, Attack):
-        raise ConfigError(f"{name}: expected an attack, found {type(attack).__name__}.")
-
-
 def check_weight(name: str, weight: float) -> None:
     """Raises ConfigError unless ``weight`` is a finite number of at least 0."""
     if not 0 <= weight < float("inf"):

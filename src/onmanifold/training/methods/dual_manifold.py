@@ -10,7 +10,7 @@ from torch import Tensor
 from onmanifold.attacks import Attack
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
-from onmanifold.training.methods.base import Method, Step, check_attack, persistent
+from onmanifold.training.methods.base import Method, Step, persistent
 
 
 @METHODS.register("dual_manifold")
@@ -35,8 +35,6 @@ class DMAT(Method):
     latent_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        check_attack("image_attack", self.image_attack)
-        check_attack("latent_attack", self.latent_attack)
         weights = (self.image_weight, self.latent_weight)
         if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
             raise ConfigError(

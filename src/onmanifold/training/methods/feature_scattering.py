@@ -61,10 +61,6 @@ class FeatureScattering(Method):
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threat, Threat):
-            raise ConfigError(
-                f"threat: expected a threat model, found {type(self.threat).__name__}."
-            )
         check_steps(self.steps, self.step_size)
         starts = [start for start in get_args(Start) if start != "zero"]
         if self.start not in starts:

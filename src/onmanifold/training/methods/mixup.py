@@ -21,7 +21,7 @@ from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
 from onmanifold.objectives import Objective
-from onmanifold.training.methods.base import Method, Step, check_attack, check_weight, persistent
+from onmanifold.training.methods.base import Method, Step, check_weight, persistent
 from onmanifold.training.methods.layers import changed_outputs, parts
 
 
@@ -151,7 +151,6 @@ class IAT(Method):
     concentration: float = 1.0
 
     def __post_init__(self) -> None:
-        check_attack("attack", self.attack)
         _check_concentration(self.concentration)
 
     @property
@@ -193,12 +192,7 @@ class IJSAT(Method):
     order: Literal["mix_first", "attack_first"] = "mix_first"
 
     def __post_init__(self) -> None:
-        check_attack("attack", self.attack)
         _check_concentration(self.concentration)
-        if self.order not in ("mix_first", "attack_first"):
-            raise ConfigError(
-                f"order: expected 'mix_first' or 'attack_first', found {self.order!r}."
-            )
         objective = getattr(self.attack, "objective", None)
         soft = isinstance(objective, Objective) and objective.takes_soft_labels
         if self.order == "mix_first" and not soft:

@@ -39,12 +39,6 @@ class RandomPerturbationTraining(Method):
     start: Start = "uniform"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threat, Threat):
-            raise ConfigError(
-                f"threat: expected a threat model, found {type(self.threat).__name__}."
-            )
-        if self.variant not in ("full", "half"):
-            raise ConfigError(f"variant: expected 'full' or 'half', found {self.variant!r}.")
         if self.start not in ("uniform", "distance"):
             raise ConfigError(f"start: expected 'uniform' or 'distance', found {self.start!r}.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,6 @@ class RLAT(Method):
         if self.layers is not None and len(set(self.layers)) != max(len(self.layers), 1):
             raise ConfigError(
                 f"layers: expected at least one name, each once, or None, found {self.layers}."
-            )
-        if self.scaling not in get_args(Scaling):
-            raise ConfigError(
-                f"scaling: expected one of {list(get_args(Scaling))}, found {self.scaling!r}."
             )
 
     @property

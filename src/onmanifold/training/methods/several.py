@@ -14,7 +14,7 @@ from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import untouched
 from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
-from onmanifold.training.methods.base import Method, Step, check_attack, persistent
+from onmanifold.training.methods.base import Method, Step, persistent
 from onmanifold.training.methods.normal import Normal
 from onmanifold.training.task import Turn
 
@@ -36,12 +36,6 @@ class JointAdversarialTraining(Method):
     def __post_init__(self) -> None:
         if len(self.against) < 2:
             raise ConfigError(f"against: expected two or more attacks, found {len(self.against)}.")
-        for attack in self.against:
-            check_attack("against", attack)
-        if self.combine not in ("mean", "sum", "worst"):
-            raise ConfigError(
-                f"combine: expected 'mean', 'sum' or 'worst', found {self.combine!r}."
-            )
 
     @property
     def attacks(self) -> Sequence[Attack]:

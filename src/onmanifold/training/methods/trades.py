@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from onmanifold.attacks import Attack
+from onmanifold.foundation.errors import ConfigError
 from onmanifold.foundation.registry import METHODS
 from onmanifold.objectives import KullbackLeibler, divergence
 from onmanifold.training.methods.base import (
     Method,
     Step,
-    check_attack,
     check_weight,
     maximising,
     persistent,
@@ -50,9 +50,8 @@ class TRADES(Method):
     def __post_init__(self) -> None:
         check_weight("weight", self.weight)
         check_weight("latent_weight", self.latent_weight or 0.0)
-        check_attack("attack", self.attack)
-        if self.latent_attack is not None:
-            check_attack("latent_attack", self.latent_attack)
+        if self.latent_weight is not None and self.latent_attack is None:
+            raise ConfigError("latent_weight: expected a latent_attack beside it, found none.")
         for attack in self.attacks:
             # Says so if it has no objective, or would start where the divergence has no gradient.
             maximising(attack, KullbackLeibler())
@@ -90,7 +89,6 @@ class MART(Method):
     weight: float = 5.0
 
     def __post_init__(self) -> None:
-        check_attack("attack", self.attack)
         check_weight("weight", self.weight)
 
     @property

@@ -47,10 +47,6 @@ class WeightPerturbation(Method, ABC):
     method: Method
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Method):
-            raise ConfigError(
-                f"method: expected a training method, found {type(self.method).__name__}."
-            )
         inner = _perturbing(self.method)
         if inner is not None:
             raise ConfigError(

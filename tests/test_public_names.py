@@ -24,6 +24,7 @@ NAMES = [
     "Classifier",
     "CorruptionResult",
     "CrossEntropy",
+    "Cutout",
     "DLR",
     "DMAT",
     "Dataset",

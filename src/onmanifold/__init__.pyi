@@ -96,6 +96,7 @@ from .training import TRADES as TRADES
 from .training import VAT as VAT
 from .training import AdversarialTraining as AdversarialTraining
 from .training import AdvProp as AdvProp
+from .training import Cutout as Cutout
 from .training import FeatureScattering as FeatureScattering
 from .training import Fit as Fit
 from .training import FitResult as FitResult

@@ -8,7 +8,17 @@ import torch
 from torch.nn import functional
 
 import onmanifold as om
-from onmanifold.training import DMAT, AdversarialTraining, Normal, RandomPerturbationTraining, Step
+from onmanifold.foundation import randomness
+from onmanifold.foundation.errors import ConfigError
+from onmanifold.training import (
+    DMAT,
+    SAM,
+    AdversarialTraining,
+    Cutout,
+    Normal,
+    RandomPerturbationTraining,
+    Step,
+)
 from onmanifold.training.methods.base import persistent
 
 STEP_SIZE = 0.05
@@ -121,6 +131,46 @@ def test_normal_training_is_cross_entropy(network, dataset):
     reference = copy.deepcopy(network)
     expected = functional.cross_entropy(reference(step.images), step.labels)
     torch.testing.assert_close(Normal().loss(step), expected, rtol=0, atol=0)
+
+
+def test_cutout_equals_the_reference(network, dataset):
+    step = make_step(network, dataset)
+    reference = copy.deepcopy(network)
+    height, width = step.images.shape[2:]
+    places = [
+        randomness.integers(step.seed, step.indices, size, stream=f"cutout/{name}/0").tolist()
+        for name, size in (("rows", height), ("columns", width))
+    ]
+    images = step.images.clone()
+    for image, row, column in zip(images, *places, strict=True):
+        image[:, max(row - 2, 0) : row + 2, max(column - 2, 0) : column + 2] = 0
+    assert not torch.equal(images, step.images)
+    expected = functional.cross_entropy(reference(images), step.labels)
+
+    loss = Cutout(side=4).loss(step)
+    torch.testing.assert_close(loss, expected)
+    assert_same_gradients(gradients(network, loss), gradients(reference, expected))
+    assert step.counted == 20
+
+
+def test_cutout_moves_with_the_seed_and_not_within_a_step(network, dataset):
+    def seen_with(seed, method):
+        step, seen = make_step(network, dataset, seed=seed), []
+        step.model = lambda images: seen.append(images) or network(images)
+        for turn in method.turns(step):
+            assert turn["classifier"].isfinite()
+        return seen
+
+    (first,), (other,) = seen_with(1, Cutout(side=3)), seen_with(2, Cutout(side=3))
+    assert not torch.equal(first, other)
+    before, after = seen_with(1, SAM(Cutout(side=3)))
+    assert torch.equal(before, first)
+    assert torch.equal(after, first)
+
+
+def test_cutout_needs_a_square():
+    with pytest.raises(ConfigError, match="side: expected at least 1, found 0"):
+        Cutout(side=0)
 
 
 @pytest.mark.parametrize(("variant", "clean"), [("full", 0), ("half", 10)])

@@ -28,6 +28,7 @@ from onmanifold.training import (
     VAT,
     AdversarialTraining,
     AdvProp,
+    Cutout,
     FeatureScattering,
     InputMixup,
     JointAdversarialTraining,
@@ -165,6 +166,7 @@ def cases(tint):
     apart = {
         "normal": Normal(),
         "random": RandomPerturbationTraining(om.JointBall(image, latent), "half"),
+        "cutout": Cutout(side=4),
         "smoothing": LabelSmoothing(0.3),
         "dual": dual,
         "half": half,
@@ -211,7 +213,7 @@ def together(image, both):
     }
 
 
-PLAIN = ["normal", "random", "smoothing", "half", "dual", "trades", "mart", "worst"]
+PLAIN = ["normal", "random", "cutout", "smoothing", "half", "dual", "trades", "mart", "worst"]
 OTHER = ["atld", "staged", "sam", "awp", "rlat", "props_sam", "props_awp"]
 UNCOUPLED = ["mixup_0", "hidden_0", "iat_0", "ijsat_0", "scattering_0", "advprop_0"]
 # How far, relatively, the losses of an epoch are from those with the whole batch.

@@ -4,6 +4,7 @@ from onmanifold.training.methods.adversarial import AdversarialTraining
 from onmanifold.training.methods.advprop import AdvProp
 from onmanifold.training.methods.atld import ATLD
 from onmanifold.training.methods.base import Method, Step
+from onmanifold.training.methods.cutout import Cutout
 from onmanifold.training.methods.dual_manifold import DMAT
 from onmanifold.training.methods.feature_scattering import FeatureScattering
 from onmanifold.training.methods.label_smoothing import LabelSmoothing
@@ -29,6 +30,7 @@ __all__ = [
     "VAT",
     "AdvProp",
     "AdversarialTraining",
+    "Cutout",
     "FeatureScattering",
     "InputMixup",
     "JointAdversarialTraining",

@@ -9,8 +9,15 @@ from torch import nn
 from onmanifold.attacks import FGSM, MIA, PGD, ProjectedAdam, RandomPerturbation
 from onmanifold.foundation.errors import ConfigError, InputError, OnManifoldError
 from onmanifold.foundation.registry import ATTACKS, FITS, METHODS, OBJECTIVES, THREATS, Context
-from onmanifold.objectives import KullbackLeibler
-from onmanifold.threats import ImageBall, JointBall, LatentBall, TransformationBall
+from onmanifold.objectives import DLR, KullbackLeibler
+from onmanifold.threats import (
+    ImageBall,
+    JointBall,
+    LatentBall,
+    PerceptualBall,
+    TransformationBall,
+)
+from onmanifold.training import Normal
 
 ATTACK = PGD(ImageBall("linf", 0.1), steps=2)
 
@@ -269,17 +276,60 @@ COMPONENTS = [
 ]
 
 
+NEEDED = {
+    **dict.fromkeys(("threat", "image"), ImageBall()),
+    **dict.fromkeys(("attack", "image_attack", "latent_attack"), ATTACK),
+    **dict.fromkeys(("method", "then"), Normal()),
+    "against": (ATTACK, ATTACK),
+    "epochs": 1,
+}
+
+
 @pytest.mark.parametrize("kind", COMPONENTS)
-def test_a_component_refuses_what_no_field_of_it_can_be(kind):
+def test_a_component_refuses_what_no_field_of_it_can_be(kind, plane):
     fields = dataclasses.fields(kind)
+    given = {**NEEDED, "manifold": plane, "latent": LatentBall(plane)}
     needed = {
-        field.name: object()
+        field.name: given[field.name]
         for field in fields
         if field.default is field.default_factory is dataclasses.MISSING
     }
     for field in fields:
-        with pytest.raises(ConfigError, match=rf"^{kind.__name__}: .*found"):
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__}: {field.name}\b.*found"):
             kind(**{**needed, field.name: object()})
+
+
+def test_a_subclass_is_checked_too():
+    @dataclasses.dataclass(frozen=True)
+    class Ours(PGD):
+        extra: int = 0
+
+    assert Ours(ImageBall(), objective="dlr", extra=2).objective == DLR()
+    with pytest.raises(ConfigError, match=r"^Ours: extra: .*found 'x'"):
+        Ours(ImageBall(), extra="x")
+    with pytest.raises(ConfigError, match=r"^Ours: start: .*found 'Uniform'"):
+        Ours(ImageBall(), start="Uniform")
+    assert dataclasses.replace(Ours(ImageBall()), extra=3).extra == 3
+
+
+def test_a_constructor_of_ones_own_is_left_alone():
+    @dataclasses.dataclass(frozen=True, init=False)
+    class Ours(ImageBall):
+        def __init__(self, radius, **named):
+            super().__init__("l2", radius)
+            object.__setattr__(self, "named", named)
+
+    assert (Ours(0.5, colour="red").radius, Ours(0.5, colour="red").named["colour"]) == (0.5, "red")
+
+
+def test_a_message_shows_no_network():
+    with pytest.raises(
+        ConfigError, match=r"distance: .*PerceptualDistance.*, or .*found Sequential"
+    ) as caught:
+        PerceptualBall(nn.Sequential(*(nn.Linear(3, 3) for _ in range(40))))
+    assert len(str(caught.value)) < 300
+    with pytest.raises(TypeError, match=r"^PGD: missing a required argument: 'threat'"):
+        PGD()
 
 
 def test_a_constructor_takes_what_a_file_may_say():

@@ -23,7 +23,7 @@ from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.memory import keep_freed_memory
 from onmanifold.foundation.modules import frozen as frozen_module
 from onmanifold.foundation.modules import full_float32 as full_float32
-from onmanifold.foundation.registry import Component, checked
+from onmanifold.foundation.registry import Component
 
 Precision = Literal["32", "bf16"]
 
@@ -32,7 +32,6 @@ _PROBES = 4
 logger = logging.getLogger(__name__)
 
 
-@checked
 @dataclass(frozen=True)
 class Engine(Component):
     """How an attack runs the model; what it computes does not change beyond float rounding.

@@ -10,10 +10,9 @@ from torch.nn import functional
 
 from onmanifold.foundation import randomness
 from onmanifold.foundation.errors import InputError
-from onmanifold.foundation.registry import Component, checked
+from onmanifold.foundation.registry import Component
 
 
-@checked
 @dataclass(frozen=True)
 class Augmentation(Component):
     """Random horizontal flips, crops of the zero-padded image, and cutout.

@@ -7,8 +7,9 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -16,8 +17,10 @@ from pydantic_core import core_schema
 
 from onmanifold.foundation.errors import ConfigError, DataError, OnManifoldError
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 T = TypeVar("T")
-K = TypeVar("K", bound="Component")
 C = TypeVar("C", bound=Callable[..., Any])
 
 
@@ -84,7 +87,6 @@ class Registry(Generic[T]):
             self._entries[name] = target
             if isinstance(target, type) and issubclass(target, Component):
                 target.registered_name = name
-                checked(target)
             return target
 
         return enter
@@ -178,25 +180,75 @@ def _arguments(target: Any) -> TypeAdapter[Any]:
 
     # The hints of a class are those of its attributes, which are a dataclass's arguments too.
     plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
-    hints = get_type_hints(target.__init__ if plain else target)
-    arguments = TypedDict(  # type: ignore[misc]
-        target.__name__,
-        {
-            name: (Required if parameter.default is parameter.empty else NotRequired)[
-                hints.get(name, Any)
-            ]
-            for name, parameter in inspect.signature(target).parameters.items()
-        },
-    )
+    try:
+        hints = get_type_hints(target.__init__ if plain else target)
+    except NameError:
+        # A name that only type checkers know: there is nothing to check by.
+        hints = {}
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        hint = hints.get(name, Any)
+        hint = hint.type if isinstance(hint, dataclasses.InitVar) else hint
+        needed = parameter.default is parameter.empty
+        fields[name] = Required[hint] if needed else NotRequired[hint]
+    arguments = TypedDict(target.__name__, fields)  # type: ignore[misc]
     arguments.__pydantic_config__ = Component.__pydantic_config__  # type: ignore[attr-defined]
     return TypeAdapter(arguments)
 
 
-def checked(kind: type[K]) -> type[K]:
-    """Let the constructor of a component, a dataclass, check its arguments as those of a file are.
+def _check_arguments(kind: type[Component]) -> None:
+    """Let the constructor that a dataclass has been given check its arguments as those of a file are checked."""
+    plain, signature = kind.__init__, inspect.signature(kind)
 
-    >>> @checked
-    ... @dataclasses.dataclass(frozen=True)
+    @functools.wraps(plain)
+    def __init__(self: Component, *args: Any, **named: Any) -> None:
+        try:
+            given = signature.bind(*args, **named).arguments
+            values = _arguments(kind).validate_python(given)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise TypeError(f"{kind.__name__}: {error}") from None
+        except ValidationError as error:
+            raise ConfigError(f"{kind.__name__}: {_explain(error)}") from None
+        plain(self, **values)
+
+    kind.__init__ = __init__  # type: ignore[assignment]
+
+
+# What pydantic appends to a place where it tries the types of a union one by one.
+_TRIED = re.compile(r"[a-z-]+\[.*\]|float|int|str|bool|path|none")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first of pydantic's findings as one sentence; of a union, what each of its types would have been."""
+
+    def place_of(details: ErrorDetails) -> str:
+        parts = [str(part) for part in details["loc"]]
+        while len(parts) > 1 and _TRIED.fullmatch(parts[-1]):
+            parts.pop()
+        return ".".join(parts)
+
+    first, *others = error.errors()
+    place = place_of(first)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError):
+        # One of our own sentences, which already says what was found.
+        return f"{place}: {cause}" if place else str(cause)
+    if first["type"].startswith("missing"):
+        return f"the key {place!r} is missing."
+    alternatives = [
+        other["msg"].removeprefix("Input should be ")
+        for other in others
+        if other["loc"] != first["loc"] and place_of(other) == place
+    ]
+    found = first["input"]
+    shown = f"{found!r} ({type(found).__name__})" if len(repr(found)) < 80 else type(found).__name__
+    return f"{place or 'value'}: {', or '.join([first['msg'], *alternatives])}, found {shown}."
+
+
+class Component:
+    """Base of all components: frozen dataclasses that check their own fields when they are made.
+
+    >>> @dataclasses.dataclass(frozen=True)
     ... class Disc(Component):
     ...     radius: float
     >>> Disc(radius="wide")
@@ -205,43 +257,23 @@ def checked(kind: type[K]) -> type[K]:
     onmanifold.foundation.errors.ConfigError: Disc: radius: Input should be a valid number, unable to parse
     string as a number, found 'wide' (str).
     """
-    plain, signature = kind.__init__, inspect.signature(kind)
-
-    @functools.wraps(plain)
-    def __init__(self: K, *args: Any, **named: Any) -> None:
-        given = signature.bind(*args, **named).arguments
-        try:
-            values = _arguments(kind).validate_python(given)  # type: ignore[arg-type]
-        except ValidationError as error:
-            raise ConfigError(f"{kind.__name__}: {_explain(error)}") from None
-        plain(self, **values)
-
-    kind.__init__ = __init__  # type: ignore[assignment]
-    return kind
-
-
-def _explain(error: ValidationError) -> str:
-    """The first of pydantic's findings as one sentence."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, ValueError):
-        # One of our own sentences, which already says what was found.
-        return f"{place}: {cause}" if place else str(cause)
-    if first["type"].startswith("missing"):
-        return f"the key {place!r} is missing."
-    found = first["input"]
-    return f"{place or 'value'}: {first['msg']}, found {found!r} ({type(found).__name__})."
-
-
-class Component:
-    """Base of all components: frozen dataclasses that check their own fields when they are made."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", arbitrary_types_allowed=True
     )
     registry: ClassVar[Registry[Any] | None] = None
     registered_name: ClassVar[str] = ""
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args, **named):
+            # At the first instance: what the decorator `dataclass` adds is not there before.
+            own = vars(cls)
+            if "__init__" in own and not hasattr(own["__init__"], "__wrapped__"):
+                params = own.get("__dataclass_params__")
+                if params is not None and params.init:
+                    _check_arguments(cls)
+            return super().__new__(cls)
 
     @classmethod
     def __get_pydantic_core_schema__(

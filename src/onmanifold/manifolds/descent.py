@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onmanifold.foundation.errors import InputError
 from onmanifold.foundation.randomness import normal, uniform
-from onmanifold.foundation.registry import Component, checked
+from onmanifold.foundation.registry import Component
 from onmanifold.manifolds.base import Chart, Manifold
 from onmanifold.manifolds.learned import LearnedManifold
 from onmanifold.manifolds.perceptual import PerceptualDistance
@@ -26,7 +26,6 @@ _SPREAD_DRAWS = 1000
 _NOISE_END = 0.75
 
 
-@checked
 @dataclass(frozen=True)
 class ProjectionConfig(Component):
     """How the nearest point is searched: Adam from the best start, restarts from random latents.

@@ -10,7 +10,7 @@ from onmanifold.attacks import Attack
 from onmanifold.attacks.engine import Engine, Precision
 from onmanifold.data.augment import Augmentation
 from onmanifold.foundation.errors import ConfigError
-from onmanifold.foundation.registry import Component, checked, describe
+from onmanifold.foundation.registry import Component, describe
 from onmanifold.training.schedules import Exponential, Schedule
 
 _WITHOUT_EFFECT = (
@@ -19,7 +19,6 @@ _WITHOUT_EFFECT = (
 )
 
 
-@checked
 @dataclass(frozen=True)
 class TrainingConfig(Component):
     """How a training is run; the defaults are those of Disentangling, section 3.1.
@@ -85,7 +84,6 @@ class TrainingConfig(Component):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("epochs", "batch_size", "checkpoint_epochs"):
             self._check(
                 name,

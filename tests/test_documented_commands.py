@@ -39,8 +39,9 @@ def test_a_command_can_be_typed_as_it_stands(line, monkeypatch):
             return
         raise
     file = context.params.get("experiment")
+    assert context.info_name == name
     if name == "run" and file.exists():
-        load_experiment(file, context.params["overrides"] or ())
+        assert load_experiment(file, context.params["overrides"] or ()).methods
 
 
 def test_there_are_commands_to_check():

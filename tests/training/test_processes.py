@@ -253,35 +253,38 @@ def assert_same(directory, result):
                 assert theirs[key] == pytest.approx(value, rel=1e-9), key
 
 
+@pytest.fixture
+def by_one(fresh_network, fresh_dataset, tint):
+    """Trains a case in this process alone, its method as it is or wrapped."""
+
+    def trained(name, wrap=lambda method: method):
+        method, norm, config = cases(tint)[name]
+        network = with_norm(fresh_network(batch_norm=False), norm)
+        return train(wrap(method), network, fresh_dataset(count=107, codes=True), config)
+
+    return trained
+
+
 @pytest.mark.parametrize("name", [*PLAIN, *OTHER, *UNCOUPLED])
-def test_two_processes_give_what_one_gives(two_processes, fresh_network, fresh_dataset, tint, name):
+def test_two_processes_give_what_one_gives(two_processes, by_one, name):
     """Batches of 24 and 25 images: the shares of the two processes differ in size."""
-    method, norm, config = cases(tint)[name]
-    network = with_norm(fresh_network(batch_norm=False), norm)
-    result = train(method, network, fresh_dataset(count=107, codes=True), config)
-    assert_same(two_processes / name, result)
+    assert_same(two_processes / name, by_one(name))
 
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_where_samples_meet_two_processes_give_what_the_two_parts_of_each_batch_give(
-    two_processes, fresh_network, fresh_dataset, tint, name
+    two_processes, by_one, name
 ):
     """Partners, the layer that is mixed, the transport plan, batch statistics: each process has its own."""
-    method, norm, config = cases(tint)[name]
-    network = with_norm(fresh_network(batch_norm=False), norm)
-    result = train(InShares(method), network, fresh_dataset(count=107, codes=True), config)
-    assert_same(two_processes / name, result)
+    assert_same(two_processes / name, by_one(name, InShares))
 
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_where_samples_meet_two_processes_nearly_give_what_the_whole_batch_gives(
-    two_processes, fresh_network, fresh_dataset, tint, name
+    two_processes, by_one, name
 ):
-    method, norm, config = cases(tint)[name]
-    network = with_norm(fresh_network(batch_norm=False), norm)
-    result = train(method, network, fresh_dataset(count=107, codes=True), config)
     found = [entry["train_loss"] for entry in curve(two_processes / name)]
-    expected = [entry["train_loss"] for entry in result.history]
+    expected = [entry["train_loss"] for entry in by_one(name).history]
     assert found == pytest.approx(expected, rel=TOGETHER[name])
 
 

@@ -204,9 +204,10 @@ def _check_arguments(kind: type[Component]) -> None:
     def __init__(self: Component, *args: Any, **named: Any) -> None:
         try:
             given = signature.bind(*args, **named).arguments
-            values = _arguments(kind).validate_python(given)  # type: ignore[arg-type]
         except TypeError as error:
             raise TypeError(f"{kind.__name__}: {error}") from None
+        try:
+            values = _arguments(kind).validate_python(given)  # type: ignore[arg-type]
         except ValidationError as error:
             raise ConfigError(f"{kind.__name__}: {_explain(error)}") from None
         plain(self, **values)
@@ -240,8 +241,8 @@ def _explain(error: ValidationError) -> str:
         for other in others
         if other["loc"] != first["loc"] and place_of(other) == place
     ]
-    found = first["input"]
-    shown = f"{found!r} ({type(found).__name__})" if len(repr(found)) < 80 else type(found).__name__
+    written, kind = repr(first["input"]), type(first["input"]).__name__
+    shown = f"{written} ({kind})" if len(written) < 80 else kind
     return f"{place or 'value'}: {', or '.join([first['msg'], *alternatives])}, found {shown}."
 
 

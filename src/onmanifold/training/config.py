@@ -85,11 +85,7 @@ class TrainingConfig(Component):
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "checkpoint_epochs"):
-            self._check(
-                name,
-                isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
-                "an integer >= 1",
-            )
+            self._check(name, getattr(self, name) >= 1, "an integer >= 1")
         for name in ("learning_rate", "weight_decay", "checkpoint_minutes"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "a finite number >= 0")
         self._check("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import pandas as pd
 
@@ -64,8 +64,6 @@ class TransferAnalysis(Analysis):
     base: Base = "both"
 
     def __post_init__(self) -> None:
-        if self.base not in get_args(Base):
-            raise ConfigError(f"base: expected 'target' or 'both', found {self.base!r}.")
         self._not_empty("methods", "seeds", "attacks")
 
     def run(self, place: Workplace) -> Findings:
